@@ -45,7 +45,11 @@ def test_second_stack_is_refused_with_the_first_ones_process(state: StateDirecto
 
 def test_lock_is_not_inherited(state: StateDirectory) -> None:
     state.lock()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+    argv = [sys.executable, "-c", "print('up', flush=True); input()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, close_fds=False) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
         state.unlock()
         assert not state.in_use()
         child.communicate(b"\n")
@@ -54,7 +58,7 @@ def test_lock_is_not_inherited(state: StateDirectory) -> None:
 def test_file_in_place_of_the_directory_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_text("not a directory")
-    with pytest.raises(StateUnusable, match="not a directory.*--state"):
+    with pytest.raises(StateUnusable, match=r"not a directory.*--state"):
         StateDirectory(path).prepare()
 
 
