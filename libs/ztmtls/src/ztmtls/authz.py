@@ -1,0 +1,365 @@
+"""Who may do what: authorizers on SPIFFE IDs, and the deny-by-default policy of a service.
+
+An authorizer answers for a connection: may this verified identity be my peer at all? A `Policy` answers
+for a request: may this verified caller use this method on this path? Both work on identities that
+`verify.verify_peer` has proven, never on headers, host names or addresses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from .ids import InvalidSpiffeId, SpiffeId, TrustDomain
+from .reasons import Reason, Refusal, printable
+
+logger = logging.getLogger(__name__)
+
+
+class NotAuthorized(Refusal):
+    """A verified peer is not allowed here."""
+
+
+class Authorizer(Protocol):
+    """Returns when `peer` is acceptable; raises `NotAuthorized` when it is not."""
+
+    def __call__(self, peer: SpiffeId, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """An authorizer with a readable description, used in refusals and reprs."""
+
+    description: str
+    accepts: Any
+
+    def __call__(self, peer: SpiffeId, /) -> None:
+        if not self.accepts(peer):
+            raise NotAuthorized(Reason.CALLER_NOT_ALLOWED, f"{peer} is not {self.description}")
+
+    def __repr__(self) -> str:
+        return f"<authorizer: {self.description}>"
+
+
+def _id(value: SpiffeId | str) -> SpiffeId:
+    return value if isinstance(value, SpiffeId) else SpiffeId.parse(value)
+
+
+def exact(peer: SpiffeId | str) -> Authorizer:
+    """Accept exactly this SPIFFE ID."""
+    wanted = _id(peer)
+    return _Named(str(wanted), lambda peer: peer == wanted)
+
+
+def one_of(*peers: SpiffeId | str) -> Authorizer:
+    """Accept any of these SPIFFE IDs; none at all accepts nobody."""
+    wanted = frozenset(map(_id, peers))
+    return _Named("one of " + (", ".join(sorted(map(str, wanted))) or "nobody"), wanted.__contains__)
+
+
+def trust_domain(name: TrustDomain | str) -> Authorizer:
+    """Accept every workload of this trust domain."""
+    wanted = name if isinstance(name, TrustDomain) else TrustDomain.parse(name)
+    return _Named(f"in trust domain {wanted}", lambda peer: peer.trust_domain == wanted)
+
+
+def path_prefix(prefix: SpiffeId | str) -> Authorizer:
+    """Accept this ID and those below it, on segment boundaries: ``/a`` covers ``/a/b``, not ``/ab``.
+
+    A prefix with no path accepts nobody: use `trust_domain` to say that.
+    """
+    wanted = _id(prefix)
+    below = wanted.path + "/"
+    return _Named(
+        f"{wanted} or below it",
+        lambda peer: (
+            not wanted.is_root
+            and peer.trust_domain == wanted.trust_domain
+            and (peer.path == wanted.path or peer.path.startswith(below))
+        ),
+    )
+
+
+def any_of(*authorizers: Authorizer) -> Authorizer:
+    """Accept what at least one of `authorizers` accepts; none at all accepts nobody."""
+    return _Named(
+        "any of " + ", ".join(map(repr, authorizers)), lambda peer: any(_ok(a, peer) for a in authorizers)
+    )
+
+
+def all_of(*authorizers: Authorizer) -> Authorizer:
+    """Accept what every one of `authorizers` accepts; none at all accepts nobody."""
+    return _Named(
+        "all of " + ", ".join(map(repr, authorizers)),
+        lambda peer: bool(authorizers) and all(_ok(a, peer) for a in authorizers),
+    )
+
+
+def _ok(authorizer: Authorizer, peer: SpiffeId) -> bool:
+    try:
+        authorizer(peer)
+    except NotAuthorized:
+        return False
+    return True
+
+
+# --- policy -------------------------------------------------------------------------------------------
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET"})
+_PLACEHOLDER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
+_LITERAL = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@-]+")
+
+
+class PolicyError(Refusal, ValueError):
+    """A policy can't be read. `faults` holds one sentence for each thing that is wrong."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(Reason.INVALID_POLICY, "; ".join(self.faults))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy says of one request. `rule` names the rule that allowed it, `reason` why not."""
+
+    allowed: bool
+    rule: str | None = None
+    reason: Reason | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`callers` may use `methods` on `paths` (templates such as ``/orders/{order_id}``)."""
+
+    name: str
+    callers: frozenset[SpiffeId]
+    methods: frozenset[str]
+    paths: tuple[str, ...]
+
+
+class Policy:
+    """Which verified caller may use which method on which path. What no rule allows is denied."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules = tuple(rules)
+        # caller -> method -> number of segments -> [(template, rule name)]: a decision looks only at the
+        # templates of this caller, method and length.
+        self._index: dict[SpiffeId, dict[str, dict[int, list[tuple[tuple[str | None, ...], str]]]]] = {}
+        for rule in self.rules:
+            templates = [_template(path) for path in rule.paths]
+            for caller in rule.callers:
+                for method in rule.methods:
+                    by_length = self._index.setdefault(caller, {}).setdefault(method, {})
+                    for template in templates:
+                        by_length.setdefault(len(template), []).append((template, rule.name))
+
+    @classmethod
+    def parse(cls, document: object) -> Policy:
+        """Build a policy from a parsed ``policy.yaml``. Raises `PolicyError` naming every fault.
+
+        Shape: ``{version: 1, rules: [{name, callers: [SPIFFE ID], methods: [GET…], paths: [template]}]}``.
+        """
+        return cls(_parse_rules(document))
+
+    def decide(self, caller: SpiffeId, method: str, path: str) -> Decision:
+        """Decide on one request. `path` is the decoded path without the query.
+
+        Deterministic, without I/O; costs time in the number of templates of this caller, method and
+        length only.
+        """
+        by_method = self._index.get(caller)
+        if by_method is None:
+            return Decision(False, None, Reason.CALLER_NOT_ALLOWED, f"no rule names {caller}")
+        segments = tuple(path[1:].split("/")) if path.startswith("/") else None
+        if segments is not None:
+            for template, rule in by_method.get(method, {}).get(len(segments), ()):
+                if _matches(template, segments):
+                    return Decision(True, rule)
+        return Decision(
+            False,
+            None,
+            Reason.ROUTE_NOT_ALLOWED,
+            f"no rule lets {caller} use {printable(method, 16)} {printable(path, 128)}",
+        )
+
+
+def _template(path: str) -> tuple[str | None, ...]:
+    return tuple(None if _PLACEHOLDER.fullmatch(segment) else segment for segment in path[1:].split("/"))
+
+
+def _matches(template: tuple[str | None, ...], segments: tuple[str, ...]) -> bool:
+    # A placeholder takes exactly one segment with something in it.
+    return all(
+        (want == got) if want is not None else got != "" for want, got in zip(template, segments, strict=True)
+    )
+
+
+def is_ambiguous(path: str, raw_path: bytes) -> bool:
+    """True for a request path that two programs could read differently.
+
+    An encoded slash, backslash, dot segment or NUL, an empty segment, or a dot segment: a proxy, the
+    policy and the router might each see another route, so such a request is refused before the policy
+    is asked.
+    """
+    raw = raw_path.split(b"?", 1)[0].lower()
+    if any(code in raw for code in (b"%2f", b"%5c", b"%2e", b"%00", b"%25", b"\\", b";")):
+        return True
+    if not path.startswith("/") or not path.isprintable():
+        return True
+    segments = path[1:].split("/")
+    return any(s in (".", "..") for s in segments) or "" in segments[:-1] or "\\" in path
+
+
+def _parse_rules(document: object) -> list[Rule]:
+    faults: list[str] = []
+    if not isinstance(document, Mapping):
+        raise PolicyError(["the policy must be a mapping with 'version' and 'rules'"])
+    faults += [f"unknown key '{printable(str(k))}'" for k in document if k not in ("version", "rules")]
+    if document.get("version") != 1:
+        faults.append("'version' must be 1")
+    entries = document.get("rules")
+    if not isinstance(entries, list) or not entries:
+        raise PolicyError([*faults, "'rules' must be a list with at least one rule"])
+    rules = [rule for i, entry in enumerate(entries) if (rule := _parse_rule(i, entry, faults))]
+    names = [rule.name for rule in rules]
+    faults += sorted({f"rule name '{name}' is used twice" for name in names if names.count(name) > 1})
+    if faults:
+        raise PolicyError(faults)
+    return rules
+
+
+def _parse_rule(index: int, entry: object, faults: list[str]) -> Rule | None:
+    where = f"rules[{index}]"
+    before = len(faults)
+    if not isinstance(entry, Mapping):
+        faults.append(f"{where} must be a mapping")
+        return None
+    known = ("name", "callers", "methods", "paths")
+    faults += [f"{where}: unknown key '{printable(str(k))}'" for k in entry if k not in known]
+    name = entry.get("name")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        faults.append(f"{where}: 'name' must be a non-empty string")
+    callers = []
+    for text in _strings(entry, "callers", where, faults):
+        try:
+            caller = SpiffeId.parse(text)
+        except InvalidSpiffeId as error:
+            faults.append(f"{where}: caller {error.detail}")
+            continue
+        if caller.is_root:
+            faults.append(f"{where}: caller '{caller}' names a trust domain, not a workload")
+        callers.append(caller)
+    methods = _strings(entry, "methods", where, faults)
+    faults += [f"{where}: unknown method '{printable(m)}'" for m in methods if m not in METHODS]
+    paths = _strings(entry, "paths", where, faults)
+    faults += [f"{where}: path '{printable(p)}' {why}" for p in paths if (why := _path_fault(p))]
+    if len(faults) > before:
+        return None
+    return Rule(str(name), frozenset(callers), frozenset(methods), tuple(paths))
+
+
+def _strings(entry: Mapping[str, object], key: str, where: str, faults: list[str]) -> list[str]:
+    value = entry.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        faults.append(f"{where}: '{key}' must be a non-empty list of strings")
+        return []
+    return value
+
+
+def _path_fault(path: str) -> str | None:
+    if not path.startswith("/"):
+        return "must begin with '/'"
+    if path == "/":
+        return None
+    for segment in path[1:].split("/"):
+        if segment in ("", ".", ".."):
+            return f"holds the segment '{segment}'"
+        if not (_PLACEHOLDER.fullmatch(segment) or _LITERAL.fullmatch(segment)):
+            return f"holds '{printable(segment)}': a segment is a literal or one {{name}}"
+    return None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without the surprise that a key given twice silently replaces the first."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str) or key in mapping:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{printable(str(key))}' is given twice or is no string", key_node.start_mark
+            )
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def load_policy(path: Path | str) -> Policy:
+    """Read and check a ``policy.yaml``. Raises `PolicyError` for anything that is wrong with it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError([f"{path} can't be read: {error}"]) from error
+    try:
+        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise PolicyError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
+    return Policy.parse(document)
+
+
+class PolicyFile:
+    """A policy file that may change while it is in use.
+
+    Reading it for the first time raises `PolicyError` when it is wrong: a service does not start on a
+    broken policy. Later a broken or vanished file never replaces the good one and never opens anything:
+    `current` stays what it was, `last_error` says why, and one log line is written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.last_error: PolicyError | None = None
+        self.version = 1
+        self._seen = self._stamp()
+        self._current = load_policy(self.path)
+
+    @property
+    def current(self) -> Policy:
+        """The policy in force."""
+        return self._current
+
+    def reload_if_changed(self) -> bool:
+        """Look at the file again; return True when a new policy came into force. Never raises."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            self._current = load_policy(self.path)
+        except PolicyError as error:
+            self.last_error = error
+            logger.error("policy not reloaded, the last good one stays in force: %s", error.detail)
+            return False
+        self.last_error = None
+        self.version += 1
+        logger.info("policy reloaded from %s: %d rules", self.path, len(self._current.rules))
+        return True
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        # A rename (as Kubernetes does it for a ConfigMap) changes the inode, an edit the time or size.
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size

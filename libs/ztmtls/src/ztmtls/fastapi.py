@@ -1,0 +1,138 @@
+"""ztmtls in a FastAPI application: the verified peer as a dependency, refusals as problem documents.
+
+Problem documents follow RFC 9457. Their `reason` is the stable code that the audit log and the metrics
+use too.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.requests import HTTPConnection, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from .hop import HopView
+from .identity import request_identity
+from .reasons import Reason, Refusal
+from .verify import VerifiedPeer
+
+logger = logging.getLogger(__name__)
+
+
+class Problem(Exception):
+    """Raise it in a handler to answer with a problem document (RFC 9457)."""
+
+    def __init__(self, status: int, reason: Reason, title: str, detail: str = "", **extra: Any) -> None:
+        super().__init__(f"{reason}: {detail or title}")
+        self.status = status
+        self.reason = reason
+        self.title = title
+        self.detail = detail
+        self.headers: dict[str, str] = extra.pop("headers", {})
+        self.extra = extra
+
+
+def problem_body(
+    status: int, reason: Reason, title: str = "", detail: str = "", **extra: Any
+) -> dict[str, Any]:
+    """The members of a problem document: type, title, status, detail, reason, and `extra`."""
+    return {
+        "type": f"urn:ztmtls:problem:{reason}",
+        "title": title or HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "reason": str(reason),
+        **extra,
+    }
+
+
+def problem(
+    status: int,
+    reason: Reason,
+    title: str = "",
+    detail: str = "",
+    *,
+    headers: dict[str, str] | None = None,
+    **extra: Any,
+) -> Response:
+    """A response with a problem document (``application/problem+json``)."""
+    return JSONResponse(
+        problem_body(status, reason, title, detail, **extra),
+        status,
+        headers,
+        media_type="application/problem+json",
+    )
+
+
+async def _peer(connection: HTTPConnection) -> VerifiedPeer:
+    return request_identity(connection.scope).connection.peer
+
+
+async def _hop(connection: HTTPConnection) -> HopView:
+    identity = request_identity(connection.scope)
+    return identity.connection.view(identity.rule)
+
+
+Peer = Annotated[VerifiedPeer, Depends(_peer)]
+"""The verified peer of this request's connection. Never from a header; there is none without mTLS."""
+
+Hop = Annotated[HopView, Depends(_hop)]
+"""What this service verified about its caller on this request, with the rule that allowed it."""
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of `app` with a problem document; details of unexpected ones stay in the log."""
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return problem(
+        error.status, error.reason, error.title, error.detail, headers=error.headers, **error.extra
+    )
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    if error.reason is Reason.NO_PEER:
+        return problem(403, error.reason, "Refused", error.detail)
+    logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    return problem(503, error.reason, "A part this request needs is not available")
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = [{"field": field_name(e["loc"]), "message": str(e["msg"])} for e in error.errors()]
+    names = ", ".join(sorted({f["field"] for f in faults}))
+    return problem(
+        422, Reason.INVALID_REQUEST, "The request is not valid", f"Look at: {names}", errors=faults
+    )
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = {404: Reason.NOT_FOUND, 405: Reason.METHOD_NOT_ALLOWED, 413: Reason.TOO_LARGE}.get(
+        error.status_code, Reason.HTTP_ERROR
+    )
+    return problem(error.status_code, reason, "", str(error.detail), headers=dict(error.headers or {}))
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem(500, Reason.INTERNAL_ERROR, "Something went wrong on our side")
+
+
+def field_name(loc: tuple[int | str, ...]) -> str:
+    """Name a field of the body as people write it: ``items[0].quantity``; other parts keep their place."""
+    parts = list(loc[1:] if loc and loc[0] == "body" else loc)
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
+    return text or "body"

@@ -1,0 +1,97 @@
+"""Settings of a service, read once from the environment; faults stop the start, one line each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .ids import InvalidSpiffeId, SpiffeId
+from .reasons import printable
+from .workload_endpoint import parse_endpoint
+
+EX_CONFIG = 78
+"""Exit status for a configuration fault (sysexits.h)."""
+
+
+def _spiffe_id(text: str) -> str:
+    try:
+        identity = SpiffeId.parse(text)
+    except InvalidSpiffeId as error:
+        raise ValueError(error.detail) from None
+    if identity.is_root:
+        raise ValueError("names a trust domain, not a workload: it needs a path")
+    return text
+
+
+def _endpoint(text: str) -> str:
+    parse_endpoint(text)
+    return text
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    return path
+
+
+SpiffeIdSetting = Annotated[str, AfterValidator(_spiffe_id)]
+EndpointSetting = Annotated[str, AfterValidator(_endpoint)]
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(ge=0, le=86400)]
+
+
+class ServiceSettings(BaseSettings):
+    """What every service reads. Each field is the environment variable of the same name, upper-case."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    spiffe_endpoint_socket: EndpointSetting = Field(
+        description="Workload API address, `unix:/path` or `tcp://ip:port`"
+    )
+    spiffe_id: SpiffeIdSetting = Field(description="the SPIFFE ID this service expects to be")
+    host: str = Field("127.0.0.1", description="address the service listens on")
+    port: Port = Field(description="port the service listens on")
+    probe_host: str = Field("127.0.0.1", description="address of the probes")
+    probe_port: Port = Field(description="port of the probes: /livez, /readyz, /metrics")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="ordinary logs from this level up"
+    )
+    http: Literal["auto", "h11", "httptools"] = Field("auto", description="HTTP parser")
+    loop: Literal["auto", "asyncio", "uvloop"] = Field("auto", description="event loop")
+    startup_timeout_seconds: Seconds = Field(
+        0, description="give up when there is no identity after this long; 0 waits for ever"
+    )
+    drain_seconds: Seconds = Field(
+        0, description="after SIGTERM, go on accepting for this long while readiness is red"
+    )
+    grace_seconds: Seconds = Field(10, description="then let requests in flight finish for this long")
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load(settings: type[S]) -> S:
+    """Read `settings` from the environment, or print one line per fault to stderr and exit with 78."""
+    try:
+        return settings()
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False):
+            name = ".".join(str(part) for part in fault["loc"]).upper() or settings.__name__
+            what = (
+                "is not set"
+                if fault["type"] == "missing"
+                else printable(fault["msg"].removeprefix("Value error, "))
+            )
+            field = settings.model_fields.get(name.lower())
+            hint = f" (expected: {field.description})" if field and field.description else ""
+            print(f"{name}: {what}{hint}", file=sys.stderr)
+        _exit()
+
+
+def _exit() -> NoReturn:
+    raise SystemExit(EX_CONFIG)

@@ -1,0 +1,463 @@
+"""Mutual TLS from a source of identities: contexts that rotate by themselves.
+
+`server_context` and `client_context` return an `ssl.SSLContext` that goes wherever one is taken
+(asyncio, uvloop, uvicorn, aiohttp, httpx, plain sockets). Behind it stands one real context per
+*generation* of the source. A generation's context is never changed once built: OpenSSL does not allow
+that while handshakes run, and its trust store can only grow. Each new connection gets the newest one.
+
+After OpenSSL's own check, every handshake goes through `verify.verify_peer`. OpenSSL holds the
+authorities of all known trust domains, so that strangers fail inside TLS; `verify_peer` then accepts a
+peer only under the authorities of its own domain.
+
+TLS 1.3 only, no session tickets: a resumed session would skip every check (RFC 8446 section 2.2).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import ssl
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+
+from cryptography import x509
+
+from .audit import AuditLog
+from .authz import Authorizer
+from .hop import HopView
+from .ids import SpiffeId
+from .reasons import Reason, Refusal
+from .svid import X509Context
+from .verify import PeerRefused, VerifiedPeer, verify_peer
+
+if TYPE_CHECKING:
+    from .source import Source
+
+Side = Literal["caller", "callee"]
+
+
+class TlsRefused(ssl.SSLCertVerificationError):
+    """A handshake was refused by us. `refusal` holds the reason."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(1, str(refusal))
+        self.refusal = refusal
+
+    def __str__(self) -> str:
+        return str(self.refusal)
+
+
+class Connection:
+    """One connection whose peer was verified, and which can be verified again.
+
+    `own` is the SVID this side presented, `generation` the state of the source that the handshake used.
+    """
+
+    __slots__ = (
+        "_authorizer",
+        "_checked_generation",
+        "cipher",
+        "generation",
+        "id",
+        "own",
+        "peer",
+        "side",
+        "tls_version",
+    )
+
+    def __init__(
+        self,
+        side: Side,
+        snapshot: X509Context,
+        peer: VerifiedPeer,
+        authorizer: Authorizer | None,
+        tls_version: str,
+        cipher: str,
+    ) -> None:
+        self.id = f"c-{_CONNECTION_PREFIX}-{next(_connection_numbers)}"
+        self.side: Side = side
+        self.own = snapshot.svid.summary
+        self.peer = peer
+        self.generation = snapshot.generation
+        self.tls_version = tls_version
+        self.cipher = cipher
+        self._authorizer = authorizer
+        self._checked_generation = snapshot.generation
+
+    def recheck(self, snapshot: X509Context, now: datetime) -> None:
+        """Raise `verify.PeerRefused` or `authz.NotAuthorized` if the peer is no longer acceptable.
+
+        Costs a comparison while neither the generation nor the validity changed; else the chain of the
+        handshake is verified against the new bundles.
+        """
+        if snapshot.generation == self._checked_generation and now < self.peer.valid_until:
+            return
+        self.peer = verify_peer(self.peer.chain, snapshot.bundles, now)
+        if self._authorizer is not None:
+            self._authorizer(self.peer.id)
+        self._checked_generation = snapshot.generation
+
+    def view(self, rule: str | None = None) -> HopView:
+        """What this side verified, for audit lines and for people."""
+        return HopView(
+            side=self.side,
+            own=self.own,
+            peer=self.peer.summary,
+            authority=self.peer.authority,
+            tls_version=self.tls_version,
+            cipher=self.cipher,
+            generation=self.generation,
+            connection=self.id,
+            rule=rule,
+        )
+
+
+_CONNECTION_PREFIX = secrets.token_hex(3)
+_connection_numbers = itertools.count(1)
+
+
+def connection_of(ssl_object: object) -> Connection:
+    """The verified connection behind an `ssl.SSLObject` or `ssl.SSLSocket` made by a ztmtls context.
+
+    Raises `verify.PeerRefused` (`no_certificate`) for anything else: plain TCP, foreign contexts, a
+    handshake that is not finished.
+    """
+    connection = getattr(ssl_object, "ztmtls_connection", None)
+    if not isinstance(connection, Connection):
+        raise PeerRefused(Reason.NO_CERTIFICATE, "the connection was not verified by ztmtls")
+    return connection
+
+
+class _Handshake(Protocol):
+    ztmtls_connection: Connection | None
+
+    def version(self) -> str | None: ...
+    def cipher(self) -> tuple[str, str, int] | None: ...
+
+
+class _VerifiedObject(ssl.SSLObject):
+    """An `ssl.SSLObject` whose handshake ends with our own verification."""
+
+    ztmtls_connection: Connection | None = None
+
+    def do_handshake(self) -> None:
+        context = self.context
+        assert isinstance(context, GenerationContext)
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            context.failed(error)
+            raise
+        self.ztmtls_connection = context.accept(self)
+
+
+class _VerifiedSocket(ssl.SSLSocket):
+    """The same for blocking sockets."""
+
+    ztmtls_connection: Connection | None = None
+
+    def do_handshake(self, block: bool = False) -> None:
+        context = self.context
+        assert isinstance(context, GenerationContext)
+        try:
+            super().do_handshake(block)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            context.failed(error)
+            raise
+        self.ztmtls_connection = context.accept(self)
+
+
+class GenerationContext(ssl.SSLContext):
+    """The TLS context of one generation: one SVID, one set of bundles, never changed once built."""
+
+    sslobject_class = _VerifiedObject
+    sslsocket_class = _VerifiedSocket
+
+    _snapshot: X509Context
+    _side: Side
+    _authorizer: Authorizer | None
+    _audit: AuditLog | None
+    _on_verified: Callable[[Connection], None] | None
+
+    @classmethod
+    def build(
+        cls,
+        side: Side,
+        snapshot: X509Context,
+        authorizer: Authorizer | None,
+        *,
+        audit: AuditLog | None = None,
+        alpn: Iterable[str] = (),
+        on_verified: Callable[[Connection], None] | None = None,
+    ) -> GenerationContext:
+        """Build the context for `snapshot`. The key reaches OpenSSL by an anonymous memory file."""
+        context = cls(ssl.PROTOCOL_TLS_CLIENT if side == "caller" else ssl.PROTOCOL_TLS_SERVER)
+        context._snapshot = snapshot
+        context._side = side
+        context._authorizer = authorizer
+        context._audit = audit
+        context._on_verified = on_verified
+        _harden(context)
+        # Any certificate in a bundle is a trust anchor, self-signed or not.
+        context.verify_flags = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+        authorities = b"".join(bundle.der() for bundle in snapshot.bundles.values())
+        if authorities:
+            context.load_verify_locations(cadata=authorities)
+        _load_key_and_chain(context, snapshot.svid.pem())
+        if names := list(alpn):
+            context.set_alpn_protocols(names)
+        return context
+
+    def accept(self, handshake: _VerifiedObject | _VerifiedSocket) -> Connection:
+        """Verify the peer of a finished TLS handshake. Raises `TlsRefused`, and says so in the audit log."""
+        chain: tuple[x509.Certificate, ...] = ()
+        try:
+            if handshake.session_reused:
+                raise PeerRefused(Reason.SESSION_RESUMED, "resumed TLS sessions are not accepted")
+            chain = _presented_chain(handshake)
+            peer = verify_peer(chain, self._snapshot.bundles, datetime.now(UTC))
+            if self._authorizer is not None:
+                self._authorize(peer.id)
+        except Refusal as refusal:
+            self._record(refusal)
+            raise TlsRefused(refusal) from refusal
+        cipher = handshake.cipher()
+        connection = Connection(
+            self._side,
+            self._snapshot,
+            peer,
+            self._authorizer,
+            handshake.version() or "",
+            cipher[0] if cipher else "",
+        )
+        if self._on_verified is not None:
+            self._on_verified(connection)
+        return connection
+
+    def failed(self, error: ssl.SSLError) -> None:
+        """Audit a handshake that OpenSSL itself ended."""
+        self._record(Refusal(reason_of(error), _openssl_text(error)))
+
+    def _authorize(self, peer: SpiffeId) -> None:
+        assert self._authorizer is not None
+        try:
+            self._authorizer(peer)
+        except Refusal as refusal:
+            if self._side == "caller":
+                raise PeerRefused(
+                    Reason.WRONG_SERVER_IDENTITY, f"the server is {refusal.detail}"
+                ) from refusal
+            raise
+
+    def _record(self, refusal: Refusal) -> None:
+        if self._audit is not None:
+            own = self._snapshot.svid.summary
+            self._audit.record(
+                "handshake",
+                "deny",
+                reason=refusal.reason,
+                detail=refusal.detail,
+                side=self._side,
+                own_id=own.id,
+                own_serial=own.serial,
+                generation=self._snapshot.generation,
+            )
+
+
+class RotatingContext(ssl.SSLContext):
+    """Hands every new connection to the context of the newest generation.
+
+    It holds no certificate and trusts nobody itself: used by a path that does not ask it per
+    connection, it fails closed. It can't be configured from outside.
+    """
+
+    _source: Source
+    _side: Side
+    _authorizer: Authorizer | None
+    _audit: AuditLog | None
+    _alpn: tuple[str, ...]
+    _newest: GenerationContext | None
+    _newest_key: tuple[int, tuple[str, ...]] | None
+    _lock: threading.Lock
+
+    @classmethod
+    def _make(
+        cls, side: Side, source: Source, authorizer: Authorizer | None, audit: AuditLog | None
+    ) -> RotatingContext:
+        context = cls(ssl.PROTOCOL_TLS_CLIENT if side == "caller" else ssl.PROTOCOL_TLS_SERVER)
+        _harden(context)
+        context._source = source
+        context._side = side
+        context._authorizer = authorizer
+        context._audit = audit
+        context._alpn = ("http/1.1",)
+        context._newest = None
+        context._newest_key = None
+        context._lock = threading.Lock()
+        return context
+
+    def newest(self) -> GenerationContext:
+        """The context of the newest generation. Raises `source.NoIdentity` when there is none."""
+        snapshot = self._source.context
+        key = (snapshot.generation, self._alpn)
+        with self._lock:
+            if self._newest is None or self._newest_key != key:
+                self._newest = GenerationContext.build(
+                    self._side, snapshot, self._authorizer, audit=self._audit, alpn=self._alpn
+                )
+                self._newest_key = key
+            return self._newest
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        """As `ssl.SSLContext.wrap_bio`, on the newest generation."""
+        try:
+            return self.newest().wrap_bio(*args, **kwargs)
+        except Refusal:
+            # Event loops expect refusals from the handshake, not from here.
+            return super().wrap_bio(*args, **kwargs)
+
+    def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
+        """As `ssl.SSLContext.wrap_socket`, on the newest generation."""
+        try:
+            return self.newest().wrap_socket(*args, **kwargs)
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+    def refuse(self, refusal: Refusal) -> NoReturn:
+        """Refuse a handshake for want of an identity of our own."""
+        if self._audit is not None:
+            self._audit.record(
+                "handshake", "deny", reason=refusal.reason, detail=refusal.detail, side=self._side
+            )
+        raise TlsRefused(refusal) from refusal
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        """Offer these protocols on connections made from now on."""
+        self._alpn = tuple(alpn_protocols)
+
+    def load_verify_locations(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: trust comes from the bundles of the Workload API alone."""
+        raise TypeError("a ztmtls context takes its trust from the Workload API and can't be changed")
+
+    def load_cert_chain(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the certificate comes from the Workload API alone."""
+        raise TypeError("a ztmtls context takes its certificate from the Workload API and can't be changed")
+
+
+class _RefusedObject(ssl.SSLObject):
+    """Stands in for a connection while there is no identity: its handshake is refused."""
+
+    def do_handshake(self) -> None:
+        context = self.context
+        assert isinstance(context, RotatingContext)
+        try:
+            context.newest()
+        except Refusal as refusal:
+            context.refuse(refusal)
+        context.refuse(Refusal(Reason.NO_IDENTITY, "the identity arrived during the handshake: try again"))
+
+
+RotatingContext.sslobject_class = _RefusedObject
+
+
+def server_context(
+    source: Source, *, authorizer: Authorizer | None = None, audit: AuditLog | None = None
+) -> ssl.SSLContext:
+    """A server's context: presents our SVID, demands and verifies the client's.
+
+    `authorizer` is an outer allow-list, applied in the handshake; without it every verified workload of
+    a known trust domain gets through to the application, which must then authorize each request.
+    """
+    return RotatingContext._make("callee", source, authorizer, audit)
+
+
+def client_context(
+    source: Source, authorizer: Authorizer, *, audit: AuditLog | None = None
+) -> ssl.SSLContext:
+    """A client's context: presents our SVID, accepts only a server that `authorizer` accepts.
+
+    Host names are not compared: an SVID's identity is its SPIFFE ID.
+    """
+    return RotatingContext._make("caller", source, authorizer, audit)
+
+
+def _harden(context: ssl.SSLContext) -> None:
+    context.check_hostname = False  # replaced by the authorizer on the SPIFFE ID
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    if context.protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+
+
+def _load_key_and_chain(context: ssl.SSLContext, pem: bytes) -> None:
+    # CPython loads keys from files only. An anonymous memory file never reaches a disk and ends with its
+    # descriptor. Elsewhere: a private file in a private directory, gone before this returns.
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("ztmtls", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb") as memory:
+            memory.write(pem)
+            memory.flush()
+            context.load_cert_chain(f"/proc/self/fd/{fd}")
+        return
+    with tempfile.TemporaryDirectory(prefix="ztmtls-") as private:
+        path = os.path.join(private, "svid.pem")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(pem)
+        context.load_cert_chain(path)
+
+
+def _presented_chain(handshake: ssl.SSLObject | ssl.SSLSocket) -> tuple[x509.Certificate, ...]:
+    # Public from Python 3.13 on; the same call one level down before.
+    if hasattr(handshake, "get_unverified_chain"):
+        ders = handshake.get_unverified_chain() or []
+    else:
+        raw = handshake._sslobj.get_unverified_chain()  # type: ignore[union-attr]
+        ders = [certificate.public_bytes(_DER) for certificate in raw or []]
+    try:
+        return tuple(x509.load_der_x509_certificate(der) for der in ders)
+    except ValueError as error:
+        raise PeerRefused(Reason.MALFORMED_CERTIFICATE, "the peer's certificate can't be decoded") from error
+
+
+_DER = 2  # _ssl.ENCODING_DER
+
+# X509_V_ERR_* (openssl/x509_vfy.h)
+_VERIFY_CODES = {9: Reason.NOT_YET_VALID, 10: Reason.EXPIRED, 22: Reason.CHAIN_TOO_LONG}
+_OPENSSL_REASONS = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": Reason.NO_CERTIFICATE,
+    "HTTP_REQUEST": Reason.NOT_TLS,
+    "HTTPS_PROXY_REQUEST": Reason.NOT_TLS,
+    "WRONG_VERSION_NUMBER": Reason.NOT_TLS,
+    "BAD_RECORD_TYPE": Reason.NOT_TLS,
+}
+
+
+def reason_of(error: ssl.SSLError) -> Reason:
+    """The reason code for a handshake that failed, by us, by OpenSSL or by the peer's alert."""
+    if isinstance(error, TlsRefused):
+        return error.refusal.reason
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _VERIFY_CODES.get(error.verify_code, Reason.UNTRUSTED_AUTHORITY)
+    if is_alert(error):
+        return Reason.REFUSED_BY_SERVER
+    return _OPENSSL_REASONS.get(error.reason or "", Reason.TLS_FAILURE)
+
+
+def is_alert(error: ssl.SSLError) -> bool:
+    """True when the peer ended the handshake with an alert, as servers do with a certificate they refuse."""
+    return "ALERT" in (error.reason or "")
+
+
+def _openssl_text(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return (error.reason or "handshake ended by the peer").lower().replace("_", " ")
