@@ -1,0 +1,77 @@
+# Everything on one machine. `make` lists the targets; each does the set-up that it needs by itself.
+#
+#   make run PORT=9090              another port for the page
+#   make run ARGS="--free-ports"    any option of `ztdev up` (see `.venv/bin/ztdev up --help`)
+#   make test ARGS="-k refused"     any option of pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+ARGS ?=
+PORT ?=
+STATE ?=
+
+# uv makes the environment from uv.lock. One that is installed is used; else pip brings one into .tools/uv.
+UV_VERSION := 0.13.9
+UV := $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
+export UV_PYTHON_DOWNLOADS := never
+# Nothing of the caller's Python environment gets into ours.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+READY := .venv/.ready
+MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproject.toml services/*/pyproject.toml)
+CHECKED := $(wildcard libs services functions dev tests bench)
+QUICK_TESTS := $(wildcard tests/unit tests/conformance)
+UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
+
+##@ Use it
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-zA-Z_-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Options: PORT=N (page), STATE=DIR (data), ARGS=\"...\" (passed on). Needs: Debian 12 or like it, python3 >= 3.11."
+
+.PHONY: run
+run: setup ## Run the whole stack here; Ctrl-C stops it
+	@exec .venv/bin/ztdev up $(UP_OPTIONS) $(ARGS)
+
+.PHONY: demo
+demo: setup ## Start it apart, place one order, see two refusals, stop
+	@exec .venv/bin/ztdev demo $(ARGS)
+
+##@ Work on it
+
+.PHONY: setup
+setup: $(READY) ## Make the Python environment (.venv); the others do it too
+
+.PHONY: test
+test: setup ## Run every test
+	@exec .venv/bin/pytest tests $(ARGS)
+
+.PHONY: check
+check: setup ## Format, lint and types, then the quick tests
+	@echo "== ruff format"; .venv/bin/ruff format --check $(CHECKED)
+	@echo "== ruff check"; .venv/bin/ruff check $(CHECKED)
+	@echo "== mypy"; .venv/bin/mypy
+	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q $(QUICK_TESTS) $(ARGS)
+
+.PHONY: clean
+clean: ## Stop the stack; remove its data (.zt), the environment and caches
+	@if [ -x .venv/bin/ztdev ]; then .venv/bin/ztdev down --if-running; fi
+	@rm -rf .venv .zt .tools build .pytest_cache .mypy_cache .ruff_cache .coverage
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.tools/uv/bin/uv:
+	@dev/get-uv $(UV_VERSION) .tools/uv
+
+$(READY): $(MANIFESTS) | $(filter .tools/%,$(UV))
+	@echo "Making the Python environment in .venv (from uv.lock) ..."
+	@$(UV) sync --frozen --quiet || { \
+	  echo "The environment could not be made. Python 3.11 or newer is needed, and a package registry or a full cache." >&2; \
+	  exit 1; }
+	@touch $@
