@@ -1,0 +1,152 @@
+"""The check on every request: who is calling, still acceptable, allowed by the policy, written down."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+from .audit import AuditLog
+from .authz import Policy, PolicyFile, is_ambiguous
+from .identity import NoPeer, RequestIdentity, request_identity, set_request_identity
+from .reasons import Reason, Refusal, printable
+from .source import NoIdentity, Source
+from .tls import Connection
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware around a whole application; `server.serve` puts it there.
+
+    Per request: the connection's peer is verified again if the identity source changed or a certificate
+    on the path ran out, the path must have one meaning only, and a rule of the policy must allow caller,
+    method and path. Every answer, yes or no, is an audit line. There is no way around it: without a
+    verified connection the request is refused.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        source: Source,
+        policy: Policy | PolicyFile,
+        audit: AuditLog,
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._app = app
+        self._source = source
+        self._policy = policy
+        self._audit = audit
+        self._draining = draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if self._draining():
+            send = _with_close(send)
+        method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+        path = scope["path"]
+        connection: Connection | None = None
+        try:
+            connection = request_identity(scope).connection
+            connection.recheck(self._source.context, datetime.now(UTC))
+            rule = self._authorize(connection, scope, method, path)
+        except Refusal as refusal:
+            self._audit.record(
+                "request",
+                "deny",
+                reason=refusal.reason,
+                hop=connection.view() if connection else None,
+                detail=refusal.detail,
+                method=printable(method, 16),
+                path=printable(path),
+            )
+            set_request_identity(scope, None)
+            await _refuse(scope, send, refusal)
+            return
+        set_request_identity(scope, RequestIdentity(connection, rule))
+        self._audit.record("request", "allow", hop=connection.view(rule), method=method, path=path)
+        await self._app(scope, receive, send)
+
+    def _authorize(self, connection: Connection, scope: Scope, method: str, path: str) -> str:
+        if is_ambiguous(path, scope.get("raw_path") or path.encode()):
+            raise Refusal(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
+        policy = self._policy.current if isinstance(self._policy, PolicyFile) else self._policy
+        decision = policy.decide(connection.peer.id, method, path)
+        if not decision.allowed or decision.rule is None:
+            raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
+        return decision.rule
+
+
+class BindConnection:
+    """Gives every request of one connection the identity of that connection. One per connection."""
+
+    def __init__(self, app: ASGIApp, connection: Connection | None) -> None:
+        self._app = app
+        self._identity = RequestIdentity(connection) if connection else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        set_request_identity(scope, self._identity)
+        await self._app(scope, receive, send)
+
+
+# The answer to a verified caller who may not do this: 403. When the connection's identity is no longer
+# good, or there never was one, or ours is gone, the connection is of no more use.
+_AUTHORIZATION = (Reason.CALLER_NOT_ALLOWED, Reason.ROUTE_NOT_ALLOWED, Reason.AMBIGUOUS_PATH)
+
+
+async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
+    if isinstance(refusal, NoIdentity):
+        status, title = 503, "This service has no identity at the moment"
+    elif isinstance(refusal, NoPeer) or refusal.reason in _AUTHORIZATION:
+        status, title = 403, "Refused"
+    else:
+        status, title = 401, "Your identity is no longer accepted on this connection"
+    body = json.dumps(
+        {
+            "type": f"urn:ztmtls:problem:{refusal.reason}",
+            "title": title,
+            "status": status,
+            "detail": refusal.detail,
+            "reason": str(refusal.reason),
+        }
+    ).encode()
+    headers = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if refusal.reason not in _AUTHORIZATION:
+        headers.append((b"connection", b"close"))
+    if scope["type"] == "websocket":
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1008, "reason": str(refusal.reason)})
+            return
+        kind = "websocket.http.response"
+    else:
+        kind = "http.response"
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+def _with_close(send: Send) -> Send:
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+        await send(message)
+
+    return closing
+
+
+__all__ = ["ASGIApp", "BindConnection", "Guard", "Receive", "Scope", "Send"]

@@ -1,0 +1,135 @@
+"""uvicorn, driven by us: sockets with clear errors, our own signal handling, drain before stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class PortInUse(OSError):
+    """The address a server should listen on can't be had. The text says which, and which setting."""
+
+
+def bind(host: str, port: int, setting: str) -> socket.socket:
+    """Listen on ``host:port``, or raise `PortInUse` naming `setting`."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        what = "is in use" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
+        raise PortInUse(
+            f"{setting}: {host}:{port} {what}; choose another or stop what listens there"
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+class PlainServer:
+    """A small plain-HTTP server on a bound socket, beside the main one."""
+
+    def __init__(self, app: Any, sock: socket.socket) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+            http="h11",
+            ws="none",
+        )
+        self._server = Server(config)
+        self._socket = sock
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve in the background."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        """Stop, letting answers in flight finish for a second."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close()
+
+
+async def serve_until_stopped(
+    config: uvicorn.Config,
+    sock: socket.socket,
+    *,
+    drain: float,
+    on_serving: Callable[[], None],
+    on_draining: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    After the first signal `on_draining` is called and new requests are still accepted for `drain` seconds
+    (so that load balancers notice); then the listener closes and what is in flight finishes within the
+    config's `timeout_graceful_shutdown`. A second signal cuts both short.
+    """
+    loop = asyncio.get_running_loop()
+    server = Server(config)
+    signalled, again = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if signalled.is_set():
+            again.set()
+            server.force_exit = True
+        signalled.set()
+
+    with _handlers(loop, on_signal):
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        stop = asyncio.create_task(signalled.wait())
+        try:
+            while not server.started and not serving.done():
+                await asyncio.wait({serving}, timeout=0.01)
+            if server.started:
+                on_serving()
+            await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                on_draining()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(again.wait(), drain)
+                server.should_exit = True
+            await serving
+            if not server.started:
+                raise RuntimeError("the application's start-up failed: its log says why")
+        finally:
+            stop.cancel()
+            if not serving.done():
+                server.should_exit = server.force_exit = True
+                await asyncio.gather(serving, return_exceptions=True)
+            sock.close()
+
+
+@contextlib.contextmanager
+def _handlers(loop: asyncio.AbstractEventLoop, handler: Callable[[], None]) -> Iterator[None]:
+    # Only the main thread may handle signals; a server in a test's thread is stopped by cancelling it.
+    installed = []
+    try:
+        for number in _SIGNALS:
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(number, handler)
+                installed.append(number)
+        yield
+    finally:
+        for number in installed:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,185 @@
+"""Serve an ASGI application over mutual TLS, every request authorized.
+
+`serve` runs uvicorn (h11 or httptools, on asyncio or uvloop) with the rotating context of `tls` and the
+`guard.Guard` around the application. `serve_public` is for the one service that people reach: plain HTTP
+behind whatever ends TLS for browsers, with the same life cycle and no identity in the scope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import uvicorn
+
+from .audit import AuditLog
+from .authz import Authorizer, Policy, PolicyFile
+from .guard import ASGIApp, BindConnection, Guard
+from .listen import PortInUse, bind, serve_until_stopped
+from .probes import Probes
+from .reasons import Refusal
+from .source import Source
+from .tls import connection_of, server_context
+from .verify import PeerRefused
+
+logger = logging.getLogger(__name__)
+
+HttpParser = Literal["auto", "h11", "httptools"]
+Loop = Literal["auto", "asyncio", "uvloop"]
+
+_POLICY_POLL = 1.0
+_KEEP_ALIVE = 75
+
+
+async def serve(
+    app: ASGIApp,
+    *,
+    source: Source,
+    policy: Policy | PolicyFile,
+    host: str,
+    port: int,
+    audit: AuditLog,
+    probes: Probes | None = None,
+    allowed_peers: Authorizer | None = None,
+    http: HttpParser = "auto",
+    drain: float = 0.0,
+    grace: float = 10.0,
+) -> None:
+    """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT.
+
+    Args:
+        source: our identity; must hold an SVID already (``await source.ready()``).
+        policy: who may use which method on which path; nothing else is served.
+        allowed_peers: an outer allow-list for the handshake itself.
+        probes: marked as serving and draining at the right moments.
+        drain: seconds to go on accepting after the first signal, with readiness red.
+        grace: seconds that requests in flight then have to finish.
+
+    Raises `source.NoIdentity` when there is no SVID, `listen.PortInUse` when the port is taken.
+    """
+    _ = source.context  # fail now, not at the first handshake
+    guarded = Guard(
+        app,
+        source=source,
+        policy=policy,
+        audit=audit,
+        draining=lambda: probes is not None and probes.draining,
+    )
+    context = server_context(source, authorizer=allowed_peers, audit=audit)
+    config = _config(guarded, http, grace, ssl_context_factory=lambda config, default: context)
+    config.load()
+    config.http_protocol_class = _identified(config.http_protocol_class)
+    if config.ws_protocol_class is not None:
+        config.ws_protocol_class = _identified(config.ws_protocol_class)
+    sock = bind(host, port, "PORT")
+    watcher = asyncio.create_task(_watch(policy)) if isinstance(policy, PolicyFile) else None
+    try:
+        await _run_server(config, sock, probes, drain)
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+
+
+async def serve_public(
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    probes: Probes | None = None,
+    http: HttpParser = "auto",
+    drain: float = 0.0,
+    grace: float = 10.0,
+) -> None:
+    """Serve `app` over plain HTTP to people, until SIGTERM or SIGINT. No request has an identity here."""
+    config = _config(app, http, grace)
+    await _run_server(config, bind(host, port, "PORT"), probes, drain)
+
+
+def run(main: Callable[[], Awaitable[None]], *, loop: Loop = "auto") -> None:
+    """Run a service's `main` to its end: uvloop where installed, one line and status 1 for what it raises.
+
+    SIGTERM and SIGINT end it with status 0, also while it still waits for its identity.
+    """
+
+    async def supervised() -> None:
+        task = asyncio.current_task()
+        running = asyncio.get_running_loop()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            running.add_signal_handler(number, task.cancel)
+        await main()
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+            runner.run(supervised())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        logger.info("stopped")
+    except (Refusal, PortInUse) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _loop_factory(loop: Loop) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if loop == "asyncio":
+        return asyncio.new_event_loop
+    try:
+        import uvloop
+    except ImportError:
+        if loop == "uvloop":
+            raise SystemExit("LOOP: uvloop is not installed") from None
+        return None
+    return uvloop.new_event_loop
+
+
+def _config(app: ASGIApp, http: HttpParser, grace: float, **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=http,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing a client sends names anybody
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(grace)),
+        **more,
+    )
+
+
+def _identified(base: Any) -> Any:
+    """uvicorn's protocol class, with each connection's verified identity bound to its requests."""
+
+    class Identified(base):  # type: ignore[misc]
+        app: ASGIApp
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            connection = None
+            with contextlib.suppress(PeerRefused):  # the guard then refuses every request
+                connection = connection_of(transport.get_extra_info("ssl_object"))
+            self.app = BindConnection(self.app, connection)
+
+    return Identified
+
+
+async def _run_server(config: uvicorn.Config, sock: Any, probes: Probes | None, drain: float) -> None:
+    def on_serving() -> None:
+        if probes is not None:
+            probes.serving = True
+
+    def on_draining() -> None:
+        logger.info("draining")
+        if probes is not None:
+            probes.draining = True
+
+    await serve_until_stopped(config, sock, drain=drain, on_serving=on_serving, on_draining=on_draining)
+
+
+async def _watch(policy: PolicyFile) -> None:
+    while True:
+        await asyncio.sleep(_POLICY_POLL)
+        policy.reload_if_changed()
