@@ -1,0 +1,1 @@
+"""The payments service: charges and refunds, each exactly once."""

@@ -1,0 +1,123 @@
+"""Transactions: run as a whole, again as a whole when PostgreSQL asks for it, or answered with a 503."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from ztmtls import database as ztmtls_database
+from ztmtls.fastapi import Problem
+from ztmtls.reasons import Reason, Refusal
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SERVICE = "payments"
+
+ATTEMPTS = 4
+NO_NEW_ATTEMPT_AFTER_SECONDS = 5.0
+FIRST_PAUSE_SECONDS = 0.05
+
+# Limits that the server keeps for us. A process that dies in the middle, or a host that vanishes, leaves
+# its transaction behind: the last one ends it, and that is how soon an idempotency key is free again.
+SESSION_LIMITS = {
+    "lock_timeout": "4s",
+    "statement_timeout": "8s",
+    "idle_in_transaction_session_timeout": "10s",
+}
+
+# SQLSTATEs (PostgreSQL, appendix A) after which the same transaction may succeed.
+_SERIALIZATION = frozenset({"40001", "40P01"})
+_CONNECTION_GONE = frozenset({"57P01", "57P02", "57P03"})
+_BUSY = frozenset({"55P03", "57014", "53300"})
+
+
+class Database:
+    """Runs whole transactions on an engine."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        event.listen(engine.sync_engine, "connect", _set_session_limits)
+
+    async def run(self, work: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        """Run `work` in one transaction and commit it.
+
+        After a serialization failure, a deadlock or a lost connection the whole of `work` runs again, a
+        few times. That is safe only because `work` touches nothing but the database, and each of its
+        writes is guarded by a unique key: a commit whose answer was lost is found by the next run.
+
+        Raises `Problem` 503 when the database can't be reached or stays busy.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + NO_NEW_ATTEMPT_AFTER_SECONDS
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
+                    return await work(session)
+            except DBAPIError as error:
+                if not _unavailable(error):
+                    raise
+                if attempt == ATTEMPTS or clock() > end or not _worth_repeating(error):
+                    raise _problem(error) from error
+                logger.info("transaction runs again (attempt %d): %s", attempt + 1, _name(error))
+            except (TimeoutError, OSError) as error:
+                raise _problem(error) from error
+            except Refusal as refusal:
+                logger.warning("no database connection: %s", refusal)
+                raise Problem(503, refusal.reason, "The database can't be used", refusal.detail) from refusal
+            await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
+        raise AssertionError("unreachable")
+
+
+async def database_use(session: AsyncSession) -> dict[str, Any]:
+    """Who we are to the database in this transaction, asked of the database itself."""
+    return {"service": SERVICE, **await ztmtls_database.database_use(await session.connection())}
+
+
+def _set_session_limits(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for name, value in SESSION_LIMITS.items():
+        cursor.execute(f"SET {name} = '{value}'")
+    cursor.close()
+    connection.commit()
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
+
+
+def _worth_repeating(error: DBAPIError) -> bool:
+    state = _sqlstate(error)
+    if state is None:  # it never reached a server that could give one
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return state.startswith("08") or state in _SERIALIZATION | _CONNECTION_GONE
+
+
+def _unavailable(error: DBAPIError) -> bool:
+    """Whether it is the database's state, not our statement, that is at fault."""
+    return _worth_repeating(error) or _sqlstate(error) in _BUSY
+
+
+def _name(error: BaseException) -> str:
+    # Never the text: a failed connect may quote its parameters.
+    if isinstance(error, DBAPIError):
+        return f"{type(error.orig).__name__} {_sqlstate(error) or ''}".strip()
+    return type(error).__name__
+
+
+def _problem(error: BaseException) -> Problem:
+    logger.warning("the database did not answer: %s", _name(error))
+    return Problem(
+        503,
+        Reason.DEPENDENCY_UNAVAILABLE,
+        "The database did not answer",
+        "Nothing is lost: repeat the request with the same Idempotency-Key.",
+        headers={"Retry-After": "1"},
+    )

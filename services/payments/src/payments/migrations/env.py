@@ -1,0 +1,10 @@
+"""Alembic's entry point: runs the steps on the connection that `payments.migrate` opened."""
+
+from alembic import context
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

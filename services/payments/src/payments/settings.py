@@ -1,0 +1,43 @@
+"""What payments reads from its environment, once, at the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from ztmtls.settings import ExistingFile, Port, Seconds, ServiceSettings
+
+PACKAGED_POLICY = Path(__file__).with_name("policy.yaml")
+
+
+class DatabaseSettings(BaseSettings):
+    """The database, and how its credentials are fetched: from Secrets Manager, by web identity."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    db_host: str = Field(min_length=1, description="host of PostgreSQL, as its certificate names it")
+    db_port: Port = Field(5432, description="port of PostgreSQL")
+    db_name: str = Field(min_length=1, description="name of the database")
+    db_ca_file: ExistingFile = Field(description="PEM file with the CA of the database's certificate")
+    db_secret_id: str = Field(min_length=1, description="name or ARN of the secret with user and password")
+    aws_role_arn: str = Field(min_length=1, description="role to assume, set by IRSA")
+    aws_web_identity_token_file: Path = Field(description="file with the service account's token, set by IRSA")
+    aws_region: str = Field(min_length=1, description="AWS region")
+    aws_endpoint_url: str | None = Field(None, description="another address for all AWS APIs")
+
+
+class MigrationSettings(DatabaseSettings):
+    """Settings of ``python -m payments migrate``, which runs as the owner of the schema."""
+
+    startup_timeout_seconds: Seconds = Field(
+        0, description="give up when the database can't be used after this long; 0 waits for ever"
+    )
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="logs from this level up")
+
+
+class Settings(ServiceSettings, DatabaseSettings):
+    """Settings of ``python -m payments``."""
+
+    policy_file: ExistingFile = Field(PACKAGED_POLICY, description="who may call what")
+    charge_limit: int = Field(500_000, gt=0, description="largest single charge, in cents")
