@@ -4,8 +4,8 @@ A client is made for one expected peer, which is a required argument: a server t
 ID never sees a byte of the request. Each generation of our identity has its own pool of connections; when
 the SVID or a bundle changes, new requests use a new pool and the old one closes as its requests finish.
 
-The asynchronous client runs on aiohttp underneath (through httpx-aiohttp), which costs a fraction of the
-CPU that httpx's own transport does; the blocking one on httpx's own.
+The asynchronous client runs on aiohttp underneath, which costs a fraction of the CPU that httpx's own
+transport does; the blocking one on httpx's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
+from yarl import URL
 
 from .audit import AuditLog
 from .authz import Authorizer, exact
@@ -80,9 +80,10 @@ class AsyncClient(httpx.AsyncClient):
         peer: the SPIFFE ID the server must prove, or an authorizer.
         base_url, timeout, headers: as in httpx.
 
-    There are no redirects, no proxies or other settings from the environment, and no retries. Failures
-    are httpx's exceptions; those with an identity behind them are `ServerRefused`, `RefusedByServer` and
-    `NoIdentityError`, which carry a `reason`.
+    There are no redirects, no proxies and no other settings from the environment. Nothing is sent twice,
+    but for one more try of an idempotent method (RFC 9110 section 9.2.2; never POST or PATCH) whose
+    connection turned out to be closed. Failures are httpx's exceptions; those with an identity behind them
+    are `ServerRefused`, `RefusedByServer` and `NoIdentityError`, which carry a `reason`.
     """
 
     def __init__(
@@ -182,17 +183,16 @@ class _AsyncPool(_Pool):
             limit=limits.max_connections or 0,
             keepalive_timeout=limits.keepalive_expiry if limits.keepalive_expiry is not None else 30.0,
         )
-        self.transport = AiohttpTransport(
-            client=aiohttp.ClientSession(
-                connector=connector,
-                response_class=_Response,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=False,
-            )
+        self.session = aiohttp.ClientSession(
+            connector=connector,
+            response_class=_Response,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
         )
 
     async def close(self) -> None:
-        await self.transport.aclose()
+        await self.session.close()
 
 
 class _SyncPool(_Pool):
@@ -265,18 +265,48 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
         if idle is not None:
             await idle.close()
         try:
-            response = await pool.transport.handle_async_request(request)
+            raw = await self._send(pool.session, request)
         except BaseException as error:
             await self._release(pool)
             _raise_refusal(error)
+            _raise_transport_error(error, request)
             raise
-        raw = response.stream._aiohttp_response  # type: ignore[union-attr]
         if raw.ztmtls_connection is None:  # fail closed: never hand out an answer of unknown origin
-            await response.aclose()
+            raw.close()
             await self._release(pool)
             raise ServerRefused(Refusal(Reason.NO_PEER, "the connection was not verified"))
-        response.extensions[_HOP] = raw.ztmtls_connection
-        response.stream = _AsyncStream(response.stream, lambda: self._release(pool))
+        return httpx.Response(
+            raw.status,
+            headers=list(raw.raw_headers),
+            stream=_AsyncStream(raw, request, lambda: self._release(pool)),
+            extensions={
+                "http_version": b"HTTP/1.1",
+                "reason_phrase": (raw.reason or "").encode("latin-1", "replace"),
+                _HOP: raw.ztmtls_connection,
+            },
+        )
+
+    async def _send(self, session: aiohttp.ClientSession, request: httpx.Request) -> _Response:
+        headers = [(k, v) for k, v in request.headers.multi_items() if k.lower() != "transfer-encoding"]
+        try:
+            body: Any = request.content or None
+        except httpx.RequestNotRead:
+            body = request.stream
+        limits = request.extensions.get("timeout", {})
+        response = await session.request(
+            request.method,
+            URL(str(request.url), encoded=True),
+            headers=headers,
+            data=body,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(
+                connect=limits.get("pool"),
+                sock_connect=limits.get("connect"),
+                sock_read=limits.get("read"),
+            ),
+        )
+        assert isinstance(response, _Response)
         return response
 
     def _acquire(self) -> tuple[_AsyncPool, _AsyncPool | None]:
@@ -308,8 +338,8 @@ class _SyncTransport(httpx.BaseTransport):
             idle.close()
         try:
             response = pool.transport.handle_request(request)
-            ssl_object = response.extensions["network_stream"].get_extra_info("ssl_object")
-            response.extensions[_HOP] = connection_of(ssl_object)
+            socket = response.extensions["network_stream"].get_extra_info("socket")
+            response.extensions[_HOP] = connection_of(socket)
         except BaseException as error:
             self._release(pool)
             _raise_refusal(error)
@@ -329,26 +359,30 @@ class _SyncTransport(httpx.BaseTransport):
 class _AsyncStream(httpx.AsyncByteStream):
     """A response body that says when it is done with its connection."""
 
-    def __init__(self, stream: Any, done: Callable[[], Awaitable[None]]) -> None:
-        self._stream = stream
+    def __init__(
+        self, response: aiohttp.ClientResponse, request: httpx.Request, done: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._response = response
+        self._request = request
         self._done: Callable[[], Awaitable[None]] | None = done
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._stream:
+            async for chunk in self._response.content.iter_any():
                 yield chunk
         except Exception as error:
             _raise_refusal(error)
+            _raise_transport_error(error, self._request)
             raise
 
     async def aclose(self) -> None:
         done, self._done = self._done, None
         if done is None:
             return
-        try:
-            await self._stream.aclose()
-        finally:
-            await done()
+        # A body that was not read to its end leaves the connection unusable: close it. One that was has
+        # gone back to the pool already, and closing the response then does nothing.
+        self._response.close()
+        await done()
 
 
 class _SyncStream(httpx.SyncByteStream):
@@ -384,19 +418,47 @@ def _https_only(request: httpx.Request) -> None:
 
 def _raise_refusal(error: BaseException) -> None:
     """Raise the typed exception if an identity stands behind `error`; else return."""
+    for cause in _causes(error):
+        if isinstance(cause, TlsRefused):
+            raise ServerRefused(cause.refusal) from error
+        if isinstance(cause, aiohttp.ClientError):
+            continue  # some of them pose as an SSLError without being one
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise ServerRefused(Refusal(reason_of(cause), cause.verify_message)) from error
+        if isinstance(cause, ssl.SSLError) and is_alert(cause):
+            said = (cause.reason or "").lower().replace("_", " ")
+            raise RefusedByServer(f"the server refused our certificate: {said}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        if isinstance(cause, TlsRefused):
-            raise ServerRefused(cause.refusal) from error
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            raise ServerRefused(Refusal(reason_of(cause), cause.verify_message)) from error
-        if isinstance(cause, ssl.SSLError) and is_alert(cause):
-            raise RefusedByServer(
-                f"the server refused our certificate: {(cause.reason or '').lower().replace('_', ' ')}"
-            ) from error
+        yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+# What aiohttp raises, as what httpx would. Order matters: the first that fits counts. A "connect" error
+# means that nothing was sent; all others leave open whether the server acted.
+_ERRORS: tuple[tuple[type[BaseException], type[httpx.RequestError]], ...] = (
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
+    (aiohttp.SocketTimeoutError, httpx.ReadTimeout),
+    (aiohttp.ClientConnectorError, httpx.ConnectError),
+    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
+    (aiohttp.ClientPayloadError, httpx.ReadError),
+    (aiohttp.ClientResponseError, httpx.RemoteProtocolError),
+    (aiohttp.InvalidURL, httpx.UnsupportedProtocol),
+    (aiohttp.ClientError, httpx.ReadError),
+    (TimeoutError, httpx.ReadTimeout),
+    (OSError, httpx.ReadError),
+)
+
+
+def _raise_transport_error(error: BaseException, request: httpx.Request) -> None:
+    for kind, as_httpx in _ERRORS:
+        if isinstance(error, kind):
+            raise as_httpx(str(error) or type(error).__name__, request=request) from error
 
 
 class _Response(aiohttp.ClientResponse):

@@ -115,7 +115,7 @@ async def serve_until_stopped(
         finally:
             stop.cancel()
             if not serving.done():
-                server.should_exit = server.force_exit = True
+                server.should_exit = True
                 await asyncio.gather(serving, return_exceptions=True)
             sock.close()
 

@@ -195,13 +195,13 @@ class _Holder:
 class StaticSource(_Holder):
     """A source that holds what it is given: for tests, and for programs with an identity from elsewhere."""
 
-    def __init__(self, svid: X509Svid, *bundles: X509Bundle) -> None:
+    def __init__(self, context: X509Context) -> None:
         super().__init__()
-        self.set(svid, *bundles)
+        self.set(context)
 
-    def set(self, svid: X509Svid, *bundles: X509Bundle) -> None:
-        """Replace the identity and the bundles, as one update."""
-        self._install((svid,), {b.trust_domain: b for b in bundles}, datetime.now(UTC))
+    def set(self, context: X509Context) -> None:
+        """Replace identity and bundles as one update. The generation is counted here."""
+        self._install(context.svids, dict(context.bundles), datetime.now(UTC))
 
     def deny(self) -> None:
         """Withdraw the identity, as an agent does when the entry is deleted."""

@@ -143,17 +143,26 @@ class _VerifiedObject(ssl.SSLObject):
     """An `ssl.SSLObject` whose handshake ends with our own verification."""
 
     ztmtls_connection: Connection | None = None
+    _ended: ssl.SSLError | None = None
 
     def do_handshake(self) -> None:
         context = self.context
         assert isinstance(context, GenerationContext)
+        if self._ended is not None:
+            raise self._ended
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
             context.failed(error)
-            raise
+            if not context.owes_alert(error):
+                raise
+            # Event loops drop what is still to be sent when a handshake fails, and with it the alert that
+            # tells the peer why. Asking to read first makes them send it; the peer then hangs up, and if
+            # it does not, its next byte ends the handshake here.
+            self._ended = error
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "sending the alert") from None
         self.ztmtls_connection = context.accept(self)
 
 
@@ -246,6 +255,16 @@ class GenerationContext(ssl.SSLContext):
         """Audit a handshake that OpenSSL itself ended."""
         self._record(Refusal(reason_of(error), _openssl_text(error)))
 
+    def owes_alert(self, error: ssl.SSLError) -> bool:
+        """True when a caller should still be told why: a server refused its certificate, or had none.
+
+        A client does not linger for that: it might wait for an impostor that never hangs up.
+        """
+        return self._side == "callee" and reason_of(error) not in (
+            Reason.NOT_TLS,
+            Reason.REFUSED_BY_SERVER,  # the caller's own alert ended it
+        )
+
     def _authorize(self, peer: SpiffeId) -> None:
         assert self._authorizer is not None
         try:
@@ -253,7 +272,7 @@ class GenerationContext(ssl.SSLContext):
         except Refusal as refusal:
             if self._side == "caller":
                 raise PeerRefused(
-                    Reason.WRONG_SERVER_IDENTITY, f"the server is {refusal.detail}"
+                    Reason.WRONG_SERVER_IDENTITY, f"wrong server: {refusal.detail}"
                 ) from refusal
             raise
 
