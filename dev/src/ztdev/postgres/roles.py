@@ -1,0 +1,160 @@
+"""Who may do what in the database: the same roles on one machine as on RDS.
+
+For a service X there is a database X and
+
+    X             no login   who may connect to database X at all (pg_hba.conf names it: `samerole`)
+    X_owner       login      owns what is in schema public; runs the migrations
+    X_rw          no login   reads and writes rows, through default privileges on what X_owner creates
+    X_app         login      the service: member of X_rw, cannot create, alter or drop anything
+    X_app_clone   login      its twin, for rotation by alternating users; without a password until then
+    X_rotator     login      (only when asked for) may set the passwords of the two app roles
+
+Rights go to the group and never to a login, so that both twins have the same ones (a table made in one
+phase of the rotation is usable in the other). PUBLIC has no right anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import psycopg
+from psycopg import sql
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+#: What the services do with rows. No TRUNCATE, REFERENCES or TRIGGER.
+_ROW_RIGHTS = sql.SQL("SELECT, INSERT, UPDATE, DELETE")
+
+_LOGIN = sql.SQL("LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
+_GROUP = sql.SQL("NOLOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
+_ROTATOR = sql.SQL("LOGIN INHERIT NOSUPERUSER NOCREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS")
+
+_MEMBER = sql.SQL("WITH ADMIN FALSE, INHERIT TRUE, SET FALSE")
+_ADMIN_ONLY = sql.SQL("WITH ADMIN TRUE, INHERIT FALSE, SET FALSE")
+
+Connection = psycopg.AsyncConnection[tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRoles:
+    """Names of a service's database and roles."""
+
+    service: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.service) or self.service in ("postgres", "public"):
+            raise ValueError(
+                f"{self.service!r} cannot name a database: use a-z, 0-9 and _, beginning with a letter"
+            )
+
+    @property
+    def database(self) -> str:
+        return self.service
+
+    @property
+    def connect(self) -> str:
+        return self.service
+
+    @property
+    def owner(self) -> str:
+        return f"{self.service}_owner"
+
+    @property
+    def rw(self) -> str:
+        return f"{self.service}_rw"
+
+    @property
+    def app(self) -> str:
+        return f"{self.service}_app"
+
+    @property
+    def app_clone(self) -> str:
+        return f"{self.service}_app_clone"
+
+    @property
+    def rotator(self) -> str:
+        return f"{self.service}_rotator"
+
+
+async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles, *, rotator: bool) -> None:
+    """Bring roles, memberships and the database to the state above. `connection` is the administrator's, to
+    any database, in autocommit mode (CREATE DATABASE cannot run in a transaction)."""
+    wanted = {
+        roles.connect: _GROUP,
+        roles.rw: _GROUP,
+        roles.owner: _LOGIN,
+        roles.app: _LOGIN,
+        roles.app_clone: _LOGIN,
+    }
+    if rotator:
+        wanted[roles.rotator] = _ROTATOR
+    for role, options in wanted.items():
+        verb = "ALTER" if await _exists(connection, "pg_roles", "rolname", role) else "CREATE"
+        await connection.execute(
+            sql.SQL("{} ROLE {} WITH {}").format(sql.SQL(verb), sql.Identifier(role), options)
+        )
+    for login in (roles.owner, roles.app, roles.app_clone, *((roles.rotator,) if rotator else ())):
+        await _grant(connection, roles.connect, login, _MEMBER)
+    for twin in (roles.app, roles.app_clone):
+        await _grant(connection, roles.rw, twin, _MEMBER)
+        if rotator:
+            await _grant(connection, twin, roles.rotator, _ADMIN_ONLY)
+
+    database = sql.Identifier(roles.database)
+    if not await _exists(connection, "pg_database", "datname", roles.database):
+        await connection.execute(sql.SQL("CREATE DATABASE {}").format(database))
+    await connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
+    await connection.execute(
+        sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(database, sql.Identifier(roles.connect))
+    )
+
+
+async def ensure_schema_rights(connection: Connection, roles: ServiceRoles) -> None:
+    """Rights inside the database: `connection` is the administrator's, to `roles.database`."""
+    owner, rw = sql.Identifier(roles.owner), sql.Identifier(roles.rw)
+    async with connection.transaction():
+        for statement in (
+            sql.SQL("ALTER SCHEMA public OWNER TO {owner}"),
+            sql.SQL("REVOKE ALL ON SCHEMA public FROM PUBLIC"),
+            sql.SQL("GRANT USAGE ON SCHEMA public TO {rw}"),
+            sql.SQL(
+                "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} IN SCHEMA public GRANT {rows} ON TABLES TO {rw}"
+            ),
+            sql.SQL(
+                "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} IN SCHEMA public GRANT USAGE, SELECT ON "
+                "SEQUENCES TO {rw}"
+            ),
+            sql.SQL("ALTER DEFAULT PRIVILEGES FOR ROLE {owner} REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"),
+        ):
+            await connection.execute(statement.format(owner=owner, rw=rw, rows=_ROW_RIGHTS))
+
+
+async def close_shared_databases(connection: Connection) -> None:
+    """Nobody but the administrator has business in the databases that initdb made."""
+    for database in ("postgres", "template1"):
+        await connection.execute(
+            sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(sql.Identifier(database))
+        )
+
+
+async def set_password(connection: Connection, role: str, password: str) -> None:
+    """Set a password without sending it: the server gets the SCRAM verifier (RFC 5803), computed here, so
+    that neither its log nor its memory of statements can hold the password."""
+    if not password:
+        raise ValueError(f"the password of {role} is empty")
+    verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256")
+    await connection.execute(
+        sql.SQL("ALTER ROLE {} WITH PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier.decode()))
+    )
+
+
+async def _exists(connection: Connection, catalog: str, column: str, name: str) -> bool:
+    query = sql.SQL("SELECT 1 FROM {} WHERE {} = %s").format(sql.Identifier(catalog), sql.Identifier(column))
+    return await (await connection.execute(query, [name])).fetchone() is not None
+
+
+async def _grant(connection: Connection, group: str, member: str, options: sql.SQL) -> None:
+    await connection.execute(
+        sql.SQL("GRANT {} TO {} {}").format(sql.Identifier(group), sql.Identifier(member), options)
+    )
