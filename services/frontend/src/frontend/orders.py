@@ -1,0 +1,234 @@
+"""The client of the orders service: typed answers, and failures that say where and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import UUID
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+from ztmtls.client import NoIdentityError, RefusedByServer, ServerRefused
+from ztmtls.hop import HopView
+from ztmtls.reasons import Reason
+
+from .models import FieldError, Link, Model, Order, PlacedOrder, Product, View
+from .status import ServiceReport
+
+M = TypeVar("M", bound=Model)
+
+SERVICE = "frontend"
+PEER = "orders"
+RECENT_SECONDS = 15.0
+PROBE_TIMEOUT = 1.5  # a readiness check has two seconds
+
+
+class _Products(Model):
+    products: tuple[Product, ...]
+
+
+class _Orders(Model):
+    orders: tuple[Order, ...]
+
+
+_FIELD_ERRORS = TypeAdapter(tuple[FieldError, ...])
+
+
+@dataclass(eq=False)
+class OrdersFailure(Exception):
+    """orders gave no usable answer.
+
+    `status` is what we answer to the browser. `caller` and `callee` name the hop that failed. `unknown`
+    is True when the request may have been carried out although no answer came.
+    """
+
+    status: int
+    reason: str
+    title: str
+    detail: str
+    caller: str = SERVICE
+    callee: str = PEER
+    unknown: bool = False
+    errors: Sequence[FieldError] = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.reason} on {self.caller} -> {self.callee}: {self.detail or self.title}"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An order as orders answered it, and our own view of that very call."""
+
+    placed: PlacedOrder
+    link: Link
+    replayed: bool
+
+
+class Orders:
+    """Speaks to orders over mutual TLS.
+
+    `client` is a `ztmtls.client.AsyncClient` bound to the identity of orders; `hop` reads from a response
+    what we verified about the connection it came on (`ztmtls.client.hop`).
+    """
+
+    def __init__(self, client: httpx.AsyncClient, hop: Callable[[httpx.Response], HopView]) -> None:
+        self._client = client
+        self._hop = hop
+        self._answered_at = float("-inf")
+
+    async def products(self) -> tuple[Product, ...]:
+        """What can be ordered."""
+        return _parse(_Products, await self._ask("GET", "/products")).products
+
+    async def recent(self, limit: int = 8) -> tuple[Order, ...]:
+        """The newest orders, newest first."""
+        return _parse(_Orders, await self._ask("GET", "/orders", params={"limit": limit})).orders
+
+    async def place(self, items: Mapping[str, int], key: str) -> Placed:
+        """Order `items` (quantity by SKU). With the same `key` the same order is placed at most once."""
+        body = {"items": [{"sku": sku, "quantity": quantity} for sku, quantity in items.items()]}
+        return await self._placed("POST", "/orders", json=body, headers={"Idempotency-Key": key})
+
+    async def read(self, order_id: UUID) -> Placed:
+        """An order with its stored evidence, and the link of this very request."""
+        return await self._placed("GET", f"/orders/{order_id}")
+
+    async def status(self) -> tuple[ServiceReport, Link]:
+        """How orders and what lies behind it are, and the link of this very request."""
+        response = await self._ask("GET", "/status")
+        report = _parse(ServiceReport, response)
+        return report, self._link(response, report.seen_by_callee)
+
+    async def answered_recently(self) -> str | None:
+        """Readiness: None when orders answered within the last seconds or does so now, else the reason."""
+        if time.monotonic() - self._answered_at < RECENT_SECONDS:
+            return None
+        try:
+            await self._ask("GET", "/products", timeout=PROBE_TIMEOUT)
+        except OrdersFailure as failure:
+            return failure.reason
+        return None
+
+    async def _placed(self, method: str, path: str, **request: Any) -> Placed:
+        response = await self._ask(method, path, **request)
+        placed = _parse(PlacedOrder, response)
+        replayed = response.headers.get("Idempotency-Replayed") == "true"
+        return Placed(placed, self._link(response, placed.this_request), replayed)
+
+    def _link(self, response: httpx.Response, seen_by_callee: View | None) -> Link:
+        return Link(
+            caller=SERVICE,
+            callee=PEER,
+            method=response.request.method,
+            path=response.request.url.path,
+            seen_by_caller=View.model_validate(self._hop(response).as_dict()),
+            seen_by_callee=seen_by_callee,
+            duration_ms=response.elapsed.total_seconds() * 1000,
+        )
+
+    async def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            response = await self._send(method, path, **request)
+        except httpx.HTTPError as error:
+            raise _unanswered(error) from error
+        if response.is_success:
+            self._answered_at = time.monotonic()
+            return response
+        if response.status_code < 500:
+            self._answered_at = time.monotonic()
+        raise _refused(response)
+
+    async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            return await self._client.request(method, path, **request)
+        except (ServerRefused, RefusedByServer, NoIdentityError):
+            raise  # nothing a second connection would change
+        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout):
+            # A kept connection was closed as we used it: it happens when a certificate rotates. (aiohttp's
+            # transport reports that as ConnectTimeout.) Once more on a fresh one. Reads are safe to
+            # repeat, and so is placing an order, by its key.
+            return await self._client.request(method, path, **request)
+
+
+def _parse(model: type[M], response: httpx.Response) -> M:
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as error:
+        raise OrdersFailure(
+            502,
+            Reason.DEPENDENCY_UNAVAILABLE,
+            "orders gave an answer we can't read",
+            f"{error.error_count()} faults in the answer to {response.request.url.path}.",
+            unknown=response.request.method == "POST",
+        ) from error
+
+
+def _unanswered(error: httpx.HTTPError) -> OrdersFailure:
+    match error:
+        case ServerRefused():
+            return OrdersFailure(
+                502, error.reason, "The frontend refused the server that answered as orders", error.detail
+            )
+        case RefusedByServer():
+            return OrdersFailure(502, error.reason, "orders refused the frontend's certificate", error.detail)
+        case NoIdentityError():
+            return OrdersFailure(503, error.reason, "The frontend has no identity now", error.detail)
+        case httpx.ConnectError() | httpx.PoolTimeout():
+            return OrdersFailure(
+                503, Reason.DEPENDENCY_UNAVAILABLE, "orders can't be reached", "No connection was made."
+            )
+        case httpx.ReadTimeout():
+            return OrdersFailure(
+                503,
+                Reason.DEPENDENCY_UNAVAILABLE,
+                "orders did not answer in time",
+                "The request was sent, no answer came.",
+                unknown=True,
+            )
+        case _:
+            return OrdersFailure(
+                503,
+                Reason.DEPENDENCY_UNAVAILABLE,
+                "orders can't be reached",
+                "The connection broke, or none was made.",
+                unknown=True,
+            )
+
+
+def _refused(response: httpx.Response) -> OrdersFailure:
+    """Read a problem document (RFC 9457) of orders; anything else gets a plain description."""
+    status = response.status_code
+    try:
+        document = response.json()
+    except ValueError:
+        document = {}
+    if not isinstance(document, dict):
+        document = {}
+    try:
+        errors = _FIELD_ERRORS.validate_python(document.get("errors", ()))
+    except ValidationError:
+        errors = ()
+    return OrdersFailure(
+        _our_status(status),
+        _text(document, "reason") or Reason.HTTP_ERROR,
+        _text(document, "title") or f"orders answered {status}",
+        _text(document, "detail"),
+        caller=_text(document, "caller") or SERVICE,
+        callee=_text(document, "callee") or PEER,
+        unknown=status >= 500,
+        errors=errors,
+    )
+
+
+def _text(document: Mapping[str, object], member: str) -> str:
+    value = document.get(member)
+    return value if isinstance(value, str) else ""
+
+
+def _our_status(status: int) -> int:
+    """What a browser gets when orders answered `status`: its own faults as they are, ours as 502 or 503."""
+    if status in (404, 409, 422):
+        return status
+    return 503 if status in (429, 503, 504) else 502
