@@ -18,6 +18,7 @@ import grpc.aio
 import pytest
 from spiffe._proto import workload_pb2 as pb
 from spiffe._proto import workload_pb2_grpc as pb_grpc
+
 from ztmtls.ids import SpiffeId, TrustDomain
 from ztmtls.svid import X509Bundle, X509Svid
 from ztmtls.testing import (

@@ -2,6 +2,8 @@
 
 - `CertificateAuthority`: signs SVIDs, good ones and ones that must be refused, and rotates.
 - `WorkloadApi`: serves them on Unix sockets as a SPIFFE agent does, and can be scripted.
+  `BackgroundWorkloadApi` is the same for tests without an event loop.
+- `Rotation`: keeps SVIDs and authorities fresh.
 - `StaticSource`: a source that always holds the same context.
 - pytest fixtures, in `ztmtls.testing.fixtures`: loaded by pytest itself.
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ztmtls.source import StaticSource as StaticSource
 
     from .attestation import Attestation as Attestation
+    from .background import BackgroundWorkloadApi as BackgroundWorkloadApi
     from .ca import Authority as Authority
     from .ca import AuthorityError as AuthorityError
     from .ca import AuthorityState as AuthorityState
@@ -36,6 +39,7 @@ _HOME = {
     "Authority": ".ca",
     "AuthorityError": ".ca",
     "AuthorityState": ".ca",
+    "BackgroundWorkloadApi": ".background",
     "CertificateAuthority": ".ca",
     "Rotation": ".rotation",
     "RotationEvent": ".rotation",

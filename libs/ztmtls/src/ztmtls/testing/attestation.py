@@ -32,7 +32,10 @@ MAX_PATH_BYTES = 100
 """Longest socket path accepted, in bytes. The kernel's limit is 107; the rest is for clients' prefixes."""
 
 MAX_CONNECTIONS = 256
-"""Connections held open per socket, strangers' included; more are closed as they come."""
+"""Connections of registered processes held open per socket; more are closed as they come."""
+
+MAX_STRANGERS = 32
+"""The same for all other processes, counted apart so that they can't shut the registered one out."""
 
 _CHUNK = 65536
 
@@ -155,7 +158,7 @@ class Guard:
         self._closed = closed
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._connections: dict[asyncio.Task[None], PeerCredentials] = {}
+        self._connections: dict[asyncio.Task[None], tuple[PeerCredentials, Attestation]] = {}
 
     @property
     def running(self) -> bool:
@@ -192,7 +195,7 @@ class Guard:
 
     async def drop(self, matches: Callable[[PeerCredentials], bool]) -> None:
         """Close the connections whose peer `matches`."""
-        chosen = [task for task, peer in self._connections.items() if matches(peer)]
+        chosen = [task for task, (peer, _) in self._connections.items() if matches(peer)]
         await _cancel(*chosen)
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -205,17 +208,18 @@ class Guard:
                 await asyncio.sleep(0.2)
                 continue
             try:
-                if len(self._connections) >= MAX_CONNECTIONS:
-                    raise ConnectionError(f"{MAX_CONNECTIONS} connections are open")
                 connection.setblocking(False)
                 peer = PeerCredentials.of(connection)
                 decision = self._attest(peer)
+                alike = sum(1 for _, known in self._connections.values() if known.allowed == decision.allowed)
+                if alike >= (MAX_CONNECTIONS if decision.allowed else MAX_STRANGERS):
+                    raise ConnectionError(f"{alike} connections are open")
             except Exception as error:
                 logger.warning("connection to %s closed: %s", self.path, error)
                 connection.close()
                 continue
             task = asyncio.create_task(self._pass_on(connection, decision))
-            self._connections[task] = peer
+            self._connections[task] = (peer, decision)
             task.add_done_callback(lambda done: self._connections.pop(done, None))
 
     async def _pass_on(self, connection: socket.socket, decision: Attestation) -> None:

@@ -394,19 +394,23 @@ class CertificateAuthority:
             _extend_expiry(signer, end)
         return X509Svid(wanted, (leaf, *signer.intermediates), private_key, hint)
 
-    def issue_jwt(self, spiffe_id: SpiffeId | str, audience: Iterable[str], *, ttl: Duration = 300) -> str:
-        """Sign a JWT-SVID (JWT-SVID section 3): ES256, ``sub``, ``aud``, ``exp`` and ``iat``."""
+    def issue_jwt(self, spiffe_id: SpiffeId | str, audience: Iterable[str], *, ttl: Duration = 300.0) -> str:
+        """Sign a JWT-SVID (JWT-SVID section 3): ES256, with ``sub``, ``aud``, ``exp`` and ``iat``.
+
+        It expires no later than the signing authority.
+        """
         import jwt
 
         now = self.clock()
-        authority = self.active
         with self._lock:
-            _extend_expiry(authority, now + _timedelta(ttl))
+            authority = self.active
+            end = min(now + _timedelta(ttl), authority.not_after)
+            _extend_expiry(authority, end)
         claims = {
             "sub": str(spiffe_id),
             "aud": list(audience),
             "iat": int(now.timestamp()),
-            "exp": math.ceil((now + _timedelta(ttl)).timestamp()),
+            "exp": math.ceil(end.timestamp()),
         }
         return jwt.encode(claims, authority.jwt_key, "ES256", headers={"kid": authority.jwt_key_id})
 

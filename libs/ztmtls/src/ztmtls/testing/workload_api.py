@@ -218,7 +218,7 @@ class Workload:
 
     @property
     def connections(self) -> int:
-        """How many connections are open, strangers' included."""
+        """How many connections to the socket are open, strangers' included."""
         return len(self._peers)
 
     @property
