@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -62,7 +63,7 @@ async def test_no_client_certificate(served: Served, caller: StaticSource) -> No
     context.verify_mode = ssl.CERT_NONE  # an attacker does not care who answers
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port, ssl=context)
     writer.write(b"GET /thing HTTP/1.1\r\nhost: x\r\n\r\n")
-    with pytest.raises(ssl.SSLError, match="certificate required|CERTIFICATE_REQUIRED"):
+    with pytest.raises(ssl.SSLError, match=r"(?i)certificate.required"):
         await reader.read()
     writer.close()
     assert served.audit("deny")[-1]["reason"] == Reason.NO_CERTIFICATE
@@ -216,10 +217,8 @@ async def test_plain_http_to_the_mtls_port(served: Served, caller: StaticSource)
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(b"GET /thing HTTP/1.1\r\nhost: x\r\n\r\n")
     answer = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):
         answer = await reader.read()
-    except ConnectionResetError:
-        pass
     assert b"HTTP" not in answer
     writer.close()
     await until(lambda: served.audit("deny"))

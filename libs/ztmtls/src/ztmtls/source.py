@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import threading
 import time
@@ -224,7 +225,9 @@ DENIAL_GRACE = 2.0
 # Past this part of the SVID's life without an update the stream is opened anew: it may be dead in a way
 # that the socket does not show.
 _OVERDUE = 0.75
-_CONNECT_TIMEOUT = 5.0
+# A stream must bring something within this many seconds while we have no identity.
+_FIRST_ANSWER = 30.0
+_URGENT_ANSWER = 5.0
 
 
 class X509Source(_Holder):
@@ -349,14 +352,14 @@ class X509Source(_Holder):
 
     async def _stream_once(self) -> None:
         # A channel of its own for each attempt: gRPC's own reconnect backoff grows to minutes, and the
-        # socket file may be another one now. Local calls never go through a proxy.
-        options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 16 << 20)]
+        # socket file may be another one now. Nor is a connection of a former attempt taken up again: an
+        # agent attests the caller per connection. Local calls never go through a proxy.
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_receive_message_length", 16 << 20),
+        ]
         async with grpc.aio.insecure_channel(self.target, options=options) as channel:
-            try:
-                await asyncio.wait_for(channel.channel_ready(), _CONNECT_TIMEOUT)
-            except TimeoutError:
-                self._fault(f"the Workload API at {self.target} can't be reached")
-                return
             stub: Any = workload_pb2_grpc.SpiffeWorkloadAPIStub(channel)  # type: ignore[no-untyped-call]
             call = stub.FetchX509SVID(
                 workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),)
@@ -374,10 +377,12 @@ class X509Source(_Holder):
                     return
                 self._on_update(response)
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """How long a quiet stream is believed, in seconds."""
-        if self._snapshot is None or not self._usable():
-            return 10 * _CONNECT_TIMEOUT if self._snapshot is None else _CONNECT_TIMEOUT
+        if self._snapshot is None:
+            return _FIRST_ANSWER
+        if not self._usable():
+            return _URGENT_ANSWER
         leaf = self._snapshot.svid.leaf
         life = (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds()
         overdue = leaf.not_valid_before_utc.timestamp() + life * _OVERDUE
@@ -456,10 +461,19 @@ class X509Source(_Holder):
         if code is grpc.StatusCode.PERMISSION_DENIED:
             return self._on_denial(detail)
         self._denied_since = None
+        if code is grpc.StatusCode.UNAVAILABLE and "connect" in detail:
+            self._fault(self._unreachable())
+            return self._backoff()
         self._fault(
             f"the agent answered {code.name}: {detail}" if detail else f"the agent answered {code.name}"
         )
         return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff()  # noqa: S311
+
+    def _unreachable(self) -> str:
+        scheme, _, path = self.target.partition(":")
+        if scheme == "unix" and not os.path.exists(path):
+            return "the Workload API can't be reached: there is no socket"
+        return "the Workload API can't be reached: nobody answers there"
 
     def _on_denial(self, detail: str) -> float:
         self._fault(f"no entry for this workload: the agent answered PERMISSION_DENIED: {detail}")

@@ -1,0 +1,366 @@
+"""The identity source against an agent that does everything an agent may do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.mtls.conftest import DOMAIN, SERVER, STRANGER, until
+from ztmtls.ids import TrustDomain
+from ztmtls.probes import identity_fault
+from ztmtls.reasons import Reason
+from ztmtls.source import NoIdentity, SourceState, X509Source
+from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi, WorkloadIdentity
+from ztmtls.testing.ca import with_other_key
+from ztmtls.workload_endpoint import InvalidEndpoint, parse_endpoint
+
+
+@asynccontextmanager
+async def agent(
+    ca: CertificateAuthority, *identities: str | WorkloadIdentity, **more: Any
+) -> AsyncIterator[Workload]:
+    async with WorkloadApi() as api:
+        workload = await api.add_workload("server", *(identities or (SERVER,)), ca=ca, **more)
+        workload.allow(pid=os.getpid())
+        yield workload
+
+
+@pytest.fixture
+async def workload(ca: CertificateAuthority) -> AsyncIterator[Workload]:
+    async with agent(ca) as workload:
+        yield workload
+
+
+@pytest.fixture
+async def source(workload: Workload) -> AsyncIterator[X509Source]:
+    async with X509Source(workload.endpoint) as source:
+        await source.ready(5)
+        yield source
+
+
+def serial(source: X509Source) -> str:
+    return source.context.svid.serial
+
+
+async def rotated(source: X509Source, workload: Workload, timeout: float = 15) -> None:
+    """The source follows a rotation: the proof that it is alive."""
+    await workload.wait_for_streams(1, timeout)
+    new = workload.rotate()
+    await until(lambda: source.state is SourceState.SERVING and serial(source) == new.serial, timeout)
+    assert source.status().reason == ""
+
+
+async def test_first_svid_and_every_rotation_arrive(source: X509Source, workload: Workload) -> None:
+    assert source.context.svid.id == workload.spiffe_id
+    generations = [source.context.generation]
+    for _ in range(3):
+        await rotated(source, workload)
+        generations.append(source.context.generation)
+    assert generations == sorted(set(generations))
+
+
+async def test_redelivery_of_the_same_material_changes_nothing(
+    source: X509Source, workload: Workload
+) -> None:
+    before = source.context
+    workload.push()
+    workload.push()
+    await workload.wait_for_delivery()
+    await rotated(source, workload)  # a barrier: later than the redelivery
+    assert source.context.generation == before.generation + 1
+
+
+async def test_bundle_only_update_adds_and_drops_authorities(
+    source: X509Source, workload: Workload, ca: CertificateAuthority
+) -> None:
+    domain = TrustDomain(DOMAIN)
+    old = ca.active
+    ca.prepare()
+    await until(lambda: len(source.context.bundles[domain].authorities) == 2)
+    ca.activate()
+    await rotated(source, workload)
+    ca.retire(old)
+    await until(lambda: len(source.context.bundles[domain].authorities) == 1)
+    assert source.context.bundles[domain] == ca.bundle
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.OK,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ],
+)
+async def test_stream_that_ends_is_opened_again_and_the_svid_kept(
+    source: X509Source, workload: Workload, code: grpc.StatusCode
+) -> None:
+    before = serial(source)
+    workload.end(code)
+    await until(lambda: source.state is SourceState.DEGRADED)
+    assert serial(source) == before
+    assert source.status().reason
+    await rotated(source, workload)
+
+
+@pytest.mark.parametrize("field", ["svids", "spiffe_id", "x509_svid", "x509_svid_key", "bundle"])
+async def test_update_with_an_empty_mandatory_field_is_discarded(
+    source: X509Source, workload: Workload, field: str
+) -> None:
+    before = source.context
+    response = workload.build_response(workload.ca.issue(SERVER))
+    if field == "svids":
+        response.ClearField("svids")
+    else:
+        response.svids[0].ClearField(field)
+    workload.push_raw(response)
+    await until(lambda: source.state is SourceState.DEGRADED)
+    assert "update discarded" in source.status().reason
+    assert source.context == before
+    await rotated(source, workload)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda w: w.build_response(with_other_key(w.svid)),
+        lambda w: w.build_response(CertificateAuthority(DOMAIN).issue(SERVER)),
+        lambda w: w.build_response(w.ca.issue(SERVER, is_ca=True)),
+        lambda w: w.build_response(w.ca.issue(SERVER, uris=[STRANGER])),
+        lambda w: w.build_response(w.svid, bundle=b"\x30\x82 not a certificate"),
+        lambda w: w.build_response(w.svid, bundle=w.ca.bundle.der() + b"\x00"),
+    ],
+    ids=[
+        "other key",
+        "foreign authority",
+        "CA leaf",
+        "ID differs from SAN",
+        "broken bundle",
+        "trailing byte",
+    ],
+)
+async def test_update_that_does_not_verify_is_discarded(
+    source: X509Source, workload: Workload, broken: Callable[[Workload], Any]
+) -> None:
+    before = source.context
+    workload.push_raw(broken(workload))
+    await until(lambda: source.state is SourceState.DEGRADED)
+    assert source.context == before
+    await rotated(source, workload)
+
+
+async def test_broken_federated_bundle_costs_only_that_domain(source: X509Source, workload: Workload) -> None:
+    friend = CertificateAuthority("friend.example")
+    workload.push(
+        workload.ca.issue(SERVER),
+        federated={
+            "spiffe://friend.example": friend.bundle.der(),
+            "spiffe://broken.example": b"nonsense",
+            "spiffe://empty.example": b"",
+        },
+    )
+    await until(lambda: "broken.example" in source.status().reason)
+    assert {str(d): len(b.authorities) for d, b in source.context.bundles.items()} == {
+        DOMAIN: 1,
+        "friend.example": 1,
+        "empty.example": 0,
+    }
+    workload.push(workload.ca.issue(SERVER), federated={})
+    await until(lambda: list(source.context.bundles) == [TrustDomain(DOMAIN)])
+
+
+async def test_redacted_identity_is_dropped_within_5_s_and_returns_by_itself(
+    source: X509Source, workload: Workload
+) -> None:
+    workload.redact()
+    await until(lambda: source.state is SourceState.DENIED, 5)
+    with pytest.raises(NoIdentity) as refused:
+        _ = source.context
+    assert refused.value.reason is Reason.IDENTITY_DENIED
+    assert "no entry for this workload" in (identity_fault(source) or "")
+    assert source.status().serial is None
+    workload.restore()
+    await until(lambda: source.state is SourceState.SERVING, 15)
+    await rotated(source, workload)
+
+
+async def test_entry_that_flaps_for_a_moment_costs_nothing(source: X509Source, workload: Workload) -> None:
+    states: list[SourceState] = []
+    source.subscribe(lambda: states.append(source.state))
+    for _ in range(3):
+        calls = workload.calls["FetchX509SVID"]
+        workload.redact()
+        await workload.wait_for_calls(calls + 1)
+        workload.restore()
+        await until(lambda: source.state is SourceState.SERVING)
+    assert SourceState.DENIED not in states
+
+
+async def test_agent_that_is_away_for_many_attempts(source: X509Source, workload: Workload) -> None:
+    before = serial(source)
+    await workload.stop()
+    await until(lambda: source.status().failures >= 4, 15)
+    assert source.state is SourceState.DEGRADED
+    assert serial(source) == before
+    assert identity_fault(source) is None, "ready while the SVID is good"
+    await workload.start()
+    await rotated(source, workload)
+
+
+async def test_svid_that_expires_while_the_agent_is_away(ca: CertificateAuthority) -> None:
+    async with agent(ca, svid_ttl=2) as workload, X509Source(workload.endpoint) as source:
+        await source.ready(5)
+        await workload.stop()
+        await until(lambda: source.state is SourceState.EXPIRED, 10)
+        with pytest.raises(NoIdentity) as refused:
+            _ = source.context
+        assert refused.value.reason is Reason.IDENTITY_EXPIRED
+        assert (identity_fault(source) or "").startswith("expired")
+        await workload.start()
+        await rotated(source, workload)
+
+
+async def test_silent_stream_is_opened_anew_before_the_svid_runs_out(ca: CertificateAuthority) -> None:
+    async with agent(ca, svid_ttl=4) as workload, X509Source(workload.endpoint) as source:
+        first = (await source.ready(5)).svid.serial
+        # Nothing is pushed on the open stream, ever; only a new call gets something newer.
+        workload.push_raw(workload.build_response(ca.issue(SERVER, ttl=60)))
+        assert workload.streams == 1
+        await until(lambda: serial(source) != first, 10)
+
+
+async def test_repeated_failures_are_logged_once(
+    source: X509Source, workload: Workload, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ztmtls.source")
+    workload.fail_next(grpc.StatusCode.UNAVAILABLE, 4)
+    workload.end(grpc.StatusCode.UNAVAILABLE, "refused by the test")
+    await rotated(source, workload)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1, warnings
+    assert source.status().failures >= 5
+    assert any("answers again" in r.getMessage() for r in caplog.records)
+
+
+async def test_identity_that_comes_late(ca: CertificateAuthority) -> None:
+    async with WorkloadApi() as api:
+        workload = await api.add_workload("server", SERVER, ca=ca)
+        async with X509Source(workload.endpoint) as source:
+            with pytest.raises(NoIdentity, match="no entry for this workload") as refused:
+                await source.ready(0.5)
+            assert refused.value.reason is Reason.IDENTITY_DENIED
+            workload.allow(pid=os.getpid())
+            await source.ready(10)
+
+
+async def test_socket_that_comes_late(ca: CertificateAuthority) -> None:
+    async with agent(ca) as workload:
+        await workload.stop()
+        async with X509Source(workload.endpoint) as source:
+            with pytest.raises(NoIdentity, match="there is no socket"):
+                await source.ready(1)
+            assert source.state is SourceState.STARTING
+            await workload.start()
+            await source.ready(10)
+
+
+async def test_agent_that_accepts_and_never_answers(ca: CertificateAuthority) -> None:
+    async with agent(ca) as workload:
+        workload.hang()
+        async with X509Source(workload.endpoint) as source:
+            await workload.wait_for_calls(1)
+            with pytest.raises(NoIdentity):
+                await source.ready(0.3)
+            workload.resume()
+            await source.ready(5)
+
+
+async def test_proxy_variables_have_no_effect(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with X509Source(workload.endpoint) as source:
+        await source.ready(5)
+
+
+async def test_we_never_run_under_another_name(ca: CertificateAuthority) -> None:
+    async with (
+        agent(ca, STRANGER, SERVER) as workload,
+        X509Source(workload.endpoint, expected_id=SERVER) as source,
+    ):
+        assert str((await source.ready(5)).svid.id) == SERVER
+        workload.push(ca.issue(STRANGER))
+        await until(lambda: "we expect to be" in source.status().reason)
+        assert str(source.context.svid.id) == SERVER
+
+
+async def test_first_of_several_svids_is_the_default_and_hints_count_once(ca: CertificateAuthority) -> None:
+    async with (
+        agent(
+            ca, WorkloadIdentity(SERVER, hint="internal"), WorkloadIdentity(STRANGER, hint="internal")
+        ) as workload,
+        X509Source(workload.endpoint) as source,
+    ):
+        context = await source.ready(5)
+        assert [str(s.id) for s in context.svids] == [SERVER]
+
+
+async def test_program_without_an_event_loop(workload: Workload) -> None:
+    def blocking() -> str:
+        with X509Source(workload.endpoint) as source:
+            return str(source.wait(5).svid.id)
+
+    assert await asyncio.to_thread(blocking) == SERVER
+
+
+async def test_closed_source_offers_nothing(workload: Workload) -> None:
+    async with X509Source(workload.endpoint) as source:
+        await source.ready(5)
+    assert source.state is SourceState.CLOSED
+    with pytest.raises(NoIdentity):
+        _ = source.context
+    await workload.wait_for_streams(0)
+
+
+@pytest.mark.parametrize(
+    ("address", "target"),
+    [
+        ("unix:/run/a.sock", "unix:/run/a.sock"),
+        ("unix:///run/a.sock", "unix:/run/a.sock"),
+        ("tcp://127.0.0.1:8081", "ipv4:127.0.0.1:8081"),
+        ("tcp://[::1]:8081", "ipv6:[::1]:8081"),
+    ],
+)
+def test_endpoint_forms(address: str, target: str) -> None:
+    assert parse_endpoint(address) == target
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "/run/a.sock", "blah", "unix:opaque", "unix:", "unix://", "unix://run/a.sock", "unix:///a?x",
+        "unix:///a#x", "unix://u:p@/a", "tcp:opaque", "tcp://", "tcp://localhost:1", "tcp://1.2.3.4",
+        "tcp://1.2.3.4:5?x", "tcp://1.2.3.4:5/p", "tcp://u@1.2.3.4:5", "tcp://1.2.3.4:99999", "https://a",
+        "unix:/tmp", "unix:/" + "a" * 108, "unix:/a b", "unix:/a\n",
+    ],
+)  # fmt: skip
+def test_endpoint_forms_that_are_refused(address: str) -> None:
+    with pytest.raises(InvalidEndpoint):
+        parse_endpoint(address)
+
+
+def test_endpoint_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIFFE_ENDPOINT_SOCKET", "unix:/run/a.sock")
+    assert parse_endpoint() == "unix:/run/a.sock"
+    assert parse_endpoint("unix:/run/b.sock") == "unix:/run/b.sock"
+    monkeypatch.delenv("SPIFFE_ENDPOINT_SOCKET")
+    with pytest.raises(InvalidEndpoint, match="SPIFFE_ENDPOINT_SOCKET"):
+        parse_endpoint()
