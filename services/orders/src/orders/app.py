@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+
 from ztmtls.fastapi import Hop, Peer, Problem, install
 from ztmtls.reasons import Reason
 

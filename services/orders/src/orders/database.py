@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
 from ztmtls import database as ztmtls_database
 from ztmtls.fastapi import Problem
 from ztmtls.reasons import Reason, Refusal
@@ -40,7 +42,7 @@ _BUSY = frozenset({"55P03", "57014", "53300"})
 
 
 class Database:
-    """Runs whole transactions on an engine."""
+    """Runs whole transactions on an engine of `ztmtls.database.create_engine`."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -61,17 +63,13 @@ class Database:
             try:
                 async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
                     return await work(session)
-            except DBAPIError as error:
-                if not _unavailable(error):
+            except (DBAPIError, PoolTimeout, Refusal) as error:
+                if not _is_unavailability(error):
                     raise
                 if attempt == ATTEMPTS or clock() > end or not _worth_repeating(error):
-                    raise _problem(error) from error
+                    logger.warning("the database can't be used: %s", _name(error))
+                    raise _unavailable(error) from error
                 logger.info("transaction runs again (attempt %d): %s", attempt + 1, _name(error))
-            except (TimeoutError, OSError) as error:
-                raise _problem(error) from error
-            except Refusal as refusal:
-                logger.warning("no database connection: %s", refusal)
-                raise Problem(503, refusal.reason, "The database can't be used", refusal.detail) from refusal
             await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
         raise AssertionError("unreachable")
 
@@ -89,35 +87,39 @@ def _set_session_limits(connection: Any, _record: object) -> None:
     connection.commit()
 
 
-def _sqlstate(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None)
+def _sqlstate(error: BaseException) -> str | None:
+    return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
-def _worth_repeating(error: DBAPIError) -> bool:
+def _is_unavailability(error: Exception) -> bool:
+    """Whether it is the database's state, not our statement, that is at fault."""
+    return not isinstance(error, DBAPIError) or _worth_repeating(error) or _sqlstate(error) in _BUSY
+
+
+def _worth_repeating(error: Exception) -> bool:
+    """Whether the next attempt may well succeed at once."""
+    if isinstance(error, Refusal):
+        return error.reason is Reason.DATABASE_UNAVAILABLE
+    if not isinstance(error, DBAPIError):  # the pool is empty: it was waited for already
+        return False
     state = _sqlstate(error)
     if state is None:  # it never reached a server that could give one
         return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
     return state.startswith("08") or state in _SERIALIZATION | _CONNECTION_GONE
 
 
-def _unavailable(error: DBAPIError) -> bool:
-    """Whether it is the database's state, not our statement, that is at fault."""
-    return _worth_repeating(error) or _sqlstate(error) in _BUSY
+def _name(error: Exception) -> str:
+    if isinstance(error, Refusal):
+        return str(error)
+    # Never the text: it may quote what people ordered.
+    return f"{type(getattr(error, 'orig', error)).__name__} {_sqlstate(error) or ''}".strip()
 
 
-def _name(error: BaseException) -> str:
-    # Never the text: a failed connect may quote its parameters.
-    if isinstance(error, DBAPIError):
-        return f"{type(error.orig).__name__} {_sqlstate(error) or ''}".strip()
-    return type(error).__name__
-
-
-def _problem(error: BaseException) -> Problem:
-    logger.warning("the database did not answer: %s", _name(error))
+def _unavailable(error: Exception) -> Problem:
     return Problem(
         503,
-        Reason.DEPENDENCY_UNAVAILABLE,
-        "The database did not answer",
-        "Nothing is lost: repeat the request with the same Idempotency-Key.",
+        error.reason if isinstance(error, Refusal) else Reason.DATABASE_UNAVAILABLE,
+        "The database can't be used at the moment",
+        "Nothing is lost: repeat the request, with the same Idempotency-Key if it had one.",
         headers={"Retry-After": "1"},
     )

@@ -8,6 +8,7 @@ import re
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+
 from ztmtls.fastapi import Problem
 from ztmtls.reasons import Reason
 

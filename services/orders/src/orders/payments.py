@@ -17,6 +17,7 @@ from uuid import UUID
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
+
 from ztmtls.client import NoIdentityError, RefusedByServer, ServerRefused, hop
 from ztmtls.reasons import Reason
 

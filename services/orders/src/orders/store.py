@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.selectable import TypedReturnsRows
+
 from ztmtls.fastapi import Problem
 from ztmtls.reasons import Reason
 
@@ -21,6 +23,8 @@ from .payments import Charged, Declined, Refused
 from .schemas import Link, OrderRequest
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LEFT_ALONE = timedelta(seconds=30)
 """An order just placed is its request's business for so long: longer than that may take."""
@@ -37,13 +41,9 @@ class Orders:
 
     async def products(self) -> Sequence[Product]:
         """The catalogue, by name."""
-        return await self._database.run(
-            lambda session: _all(session, select(Product).order_by(Product.name))
-        )
+        return await self._database.run(lambda session: _all(session, select(Product).order_by(Product.name)))
 
-    async def place(
-        self, caller: str, key: str, request: OrderRequest, arrival: Link
-    ) -> tuple[Order, bool]:
+    async def place(self, caller: str, key: str, request: OrderRequest, arrival: Link) -> tuple[Order, bool]:
         """Write the order down as pending, once per key. True when it is new.
 
         Raises `Problem` 422 for a product that is not there and for a reused key.
@@ -94,9 +94,7 @@ class Orders:
                 order.databases = [*order.databases, charged.database]
                 order.settled_at = await session.scalar(select(func.now()))
             elif order.payment_id != charged.payment_id:
-                logger.error(
-                    "order %s is paid by %s and %s", order_id, order.payment_id, charged.payment_id
-                )
+                logger.error("order %s is paid by %s and %s", order_id, order.payment_id, charged.payment_id)
             return order
 
         return await self._database.run(work)
@@ -143,11 +141,12 @@ class Orders:
             .with_for_update(skip_locked=True)
             .scalar_subquery()
         )
-        doubling = func.least(LONGEST_REPEAT, 2 * FIRST_REPEAT * func.power(2, func.least(Order.attempts, 10)))
+        doublings = func.least(Order.attempts, 10)
+        pause = func.least(LONGEST_REPEAT, 2 * FIRST_REPEAT * func.power(2, doublings))
         taken = (
             update(Order)
             .where(Order.id.in_(due))
-            .values(attempts=Order.attempts + 1, next_attempt_at=func.now() + doubling)
+            .values(attempts=Order.attempts + 1, next_attempt_at=func.now() + pause)
             .returning(Order)
         )
         return await self._database.run(lambda session: _all(session, taken))
@@ -173,7 +172,7 @@ class Orders:
         return await self._database.run(database_use)
 
 
-async def _all(session: AsyncSession, query: Any) -> Sequence[Any]:
+async def _all(session: AsyncSession, query: TypedReturnsRows[T]) -> Sequence[T]:
     return (await session.scalars(query)).all()
 
 

@@ -7,11 +7,21 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+
 from ztmtls.fastapi import Hop, Peer, install
 
 from .idempotency import IdempotencyKey, KeyInPath
 from .ledger import Ledger, Receipt
-from .schemas import ChargeRequest, Payment, PaymentAnswer, Refund, RefundAnswer, RefundRequest, StatusAnswer
+from .schemas import (
+    ChargeRequest,
+    Payment,
+    PaymentAnswer,
+    PaymentStatus,
+    Refund,
+    RefundAnswer,
+    RefundRequest,
+    StatusAnswer,
+)
 
 router = APIRouter()
 
@@ -44,9 +54,7 @@ async def charge(
     """Charge an order once per key: 201 the first time, 200 with the same payment ever after."""
     receipt = await ledger.charge(str(peer.id), key, body)
     _mark_replay(response, receipt)
-    return PaymentAnswer(
-        payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database
-    )
+    return PaymentAnswer(payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database)
 
 
 @router.post("/payments/{payment_id}/refunds", status_code=201)
@@ -80,27 +88,21 @@ async def refund(
 async def show(payment_id: UUID, peer: Peer, hop: Hop, ledger: LedgerOfApp) -> PaymentAnswer:
     """One payment of this caller, as it is now."""
     receipt = await ledger.find(str(peer.id), payment_id)
-    return PaymentAnswer(
-        payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database
-    )
+    return PaymentAnswer(payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database)
 
 
 @router.get("/payments/by-key/{key}")
 async def show_by_key(key: KeyInPath, peer: Peer, hop: Hop, ledger: LedgerOfApp) -> PaymentAnswer:
     """The payment behind a key of this caller: how to learn the outcome of an unanswered charge."""
     receipt = await ledger.find_by_key(str(peer.id), key)
-    return PaymentAnswer(
-        payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database
-    )
+    return PaymentAnswer(payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database)
 
 
 @router.get("/status")
 async def status(request: Request, hop: Hop) -> StatusAnswer:
     """Where this service stands; the end of the chain, so nothing downstream."""
     report: StatusReport = request.app.state.status_report
-    return StatusAnswer(
-        service="payments", seen_by_callee=hop.as_dict(), downstream=[], **await report()
-    )
+    return StatusAnswer(service="payments", seen_by_callee=hop.as_dict(), downstream=[], **await report())
 
 
 def _mark_replay(response: Response, receipt: Receipt) -> None:
@@ -116,11 +118,13 @@ def _payment(receipt: Receipt) -> Payment:
         order_id=charge.order_id,
         amount=charge.amount,
         currency="EUR",
-        status="charged"
-        if receipt.refunded == 0
-        else "refunded"
-        if receipt.refunded == charge.amount
-        else "partly_refunded",
+        status=_status(charge.amount, receipt.refunded),
         refunded=receipt.refunded,
         created_at=charge.created_at,
     )
+
+
+def _status(amount: int, refunded: int) -> PaymentStatus:
+    if refunded == 0:
+        return "charged"
+    return "refunded" if refunded == amount else "partly_refunded"

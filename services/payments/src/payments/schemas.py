@@ -12,6 +12,7 @@ MAX_AMOUNT = 100_000_000
 
 Amount = Annotated[int, Field(strict=True, gt=0, le=MAX_AMOUNT)]
 Currency = Literal["EUR"]
+PaymentStatus = Literal["charged", "partly_refunded", "refunded"]
 UtcTime = Annotated[datetime, AfterValidator(lambda time: time.astimezone(UTC))]
 HopDict = dict[str, Any]
 """A `ztmtls.hop.HopView` as JSON."""
@@ -42,7 +43,7 @@ class Payment(BaseModel):
     order_id: UUID
     amount: int
     currency: Currency
-    status: Literal["charged", "partly_refunded", "refunded"]
+    status: PaymentStatus
     refunded: int
     created_at: UtcTime
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from ztmtls.settings import ExistingFile, Port, Seconds, ServiceSettings
 
 PACKAGED_POLICY = Path(__file__).with_name("policy.yaml")
@@ -21,19 +23,23 @@ class DatabaseSettings(BaseSettings):
     db_name: str = Field(min_length=1, description="name of the database")
     db_ca_file: ExistingFile = Field(description="PEM file with the CA of the database's certificate")
     db_secret_id: str = Field(min_length=1, description="name or ARN of the secret with user and password")
-    aws_role_arn: str = Field(min_length=1, description="role to assume, set by IRSA")
-    aws_web_identity_token_file: Path = Field(description="file with the service account's token, set by IRSA")
-    aws_region: str = Field(min_length=1, description="AWS region")
-    aws_endpoint_url: str | None = Field(None, description="another address for all AWS APIs")
+    aws_role_arn: str = Field(min_length=1, description="role to assume; IRSA sets it")
+    aws_web_identity_token_file: Path = Field(
+        description="file with the service account's token; IRSA sets it"
+    )
+    aws_region: str = Field(min_length=1, description="AWS region; IRSA sets it")
+    aws_endpoint_url: str | None = Field(None, description="another address for the AWS APIs")
 
 
 class MigrationSettings(DatabaseSettings):
-    """Settings of ``python -m payments migrate``, which runs as the owner of the schema."""
+    """Settings of ``python -m payments migrate``, which logs in as the owner of the schema."""
 
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="ordinary logs from this level up"
+    )
     startup_timeout_seconds: Seconds = Field(
         0, description="give up when the database can't be used after this long; 0 waits for ever"
     )
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="logs from this level up")
 
 
 class Settings(ServiceSettings, DatabaseSettings):
