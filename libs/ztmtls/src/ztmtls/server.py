@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -49,6 +50,7 @@ async def serve(
     http: HttpParser = "auto",
     drain: float = 0.0,
     grace: float = 10.0,
+    on_serving: Callable[[], None] | None = None,
 ) -> None:
     """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT.
 
@@ -59,6 +61,7 @@ async def serve(
         probes: marked as serving and draining at the right moments.
         drain: seconds to go on accepting after the first signal, with readiness red.
         grace: seconds that requests in flight then have to finish.
+        on_serving: called once, when connections are accepted.
 
     Raises `source.NoIdentity` when there is no SVID, `listen.PortInUse` when the port is taken.
     """
@@ -79,7 +82,7 @@ async def serve(
     sock = bind(host, port, "PORT")
     watcher = asyncio.create_task(_watch(policy)) if isinstance(policy, PolicyFile) else None
     try:
-        await _run_server(config, sock, probes, drain)
+        await _run_server(config, sock, probes, drain, on_serving)
     finally:
         if watcher is not None:
             watcher.cancel()
@@ -166,17 +169,25 @@ def _identified(base: Any) -> Any:
     return Identified
 
 
-async def _run_server(config: uvicorn.Config, sock: Any, probes: Probes | None, drain: float) -> None:
-    def on_serving() -> None:
+async def _run_server(
+    config: uvicorn.Config,
+    sock: socket.socket,
+    probes: Probes | None,
+    drain: float,
+    on_serving: Callable[[], None] | None = None,
+) -> None:
+    def serving() -> None:
         if probes is not None:
             probes.serving = True
+        if on_serving is not None:
+            on_serving()
 
-    def on_draining() -> None:
+    def draining() -> None:
         logger.info("draining")
         if probes is not None:
             probes.draining = True
 
-    await serve_until_stopped(config, sock, drain=drain, on_serving=on_serving, on_draining=on_draining)
+    await serve_until_stopped(config, sock, drain=drain, on_serving=serving, on_draining=draining)
 
 
 async def _watch(policy: PolicyFile) -> None:
