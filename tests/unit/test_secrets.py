@@ -1,0 +1,885 @@
+"""`ztmtls.secrets` against a small stand-in for AWS that can be slow, throttle, deny and count."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+
+from ztmtls import secrets
+from ztmtls.audit import AuditLog
+from ztmtls.reasons import Reason
+from ztmtls.secrets import CredentialsRefused, RotatingSecret, SecretError, WebIdentity
+
+ROLE = "arn:aws:iam::111122223333:role/zt-demo-orders"
+SECRET_ID = "zt-demo/orders/db"
+PASSWORD = "Zz-CANARY-%40/:#"
+SESSION_TOKEN = "session-CANARY-token"
+SECRET_KEY = "secret-CANARY-key"
+
+
+def token(subject: str = "system:serviceaccount:zt-demo:orders", number: int = 0) -> str:
+    """A web identity token as far as the stand-in looks at it. Its signature is the canary."""
+
+    def part(data: dict[str, Any]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(data).encode()).decode().rstrip("=")
+
+    claims = {
+        "iss": "https://oidc.zt.example/local",
+        "sub": subject,
+        "aud": ["sts.amazonaws.com"],
+        "n": number,
+    }
+    return f"{part({'alg': 'RS256'})}.{part(claims)}.CANARYsignature"
+
+
+class Fault(Exception):
+    """The stand-in answers this error."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.status, self.code = status, code
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass
+class Aws:
+    """STS, Secrets Manager and the metadata service of an instance, with knobs and counters."""
+
+    version: str = "v1"
+    text: str | None = field(
+        default_factory=lambda: json.dumps({"username": "orders_app", "password": PASSWORD, "port": 5432})
+    )
+    stages: tuple[str, ...] = ("AWSCURRENT",)
+    lifetime: float = 3600.0
+    before_sts: Callable[[], None] = nothing
+    before_secret: Callable[[], None] = nothing
+    tokens: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    metadata_calls: int = 0
+    url: str = ""
+
+    def post(self, headers: Any, body: bytes) -> tuple[str, str]:
+        if "X-Amz-Target" in headers:
+            return "application/x-amz-json-1.1", self._get_secret_value(headers, json.loads(body))
+        return "text/xml", self._assume(parse_qs(body.decode()))
+
+    def _assume(self, form: dict[str, list[str]]) -> str:
+        assert form["Action"] == ["AssumeRoleWithWebIdentity"]
+        assert form["RoleArn"] == [ROLE]
+        self.tokens.append(form["WebIdentityToken"][0])
+        self.before_sts()
+        expires = (datetime.now(UTC) + timedelta(seconds=self.lifetime)).isoformat()
+        return (
+            "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+            f"<AccessKeyId>ASIAISSUED{len(self.tokens):06}</AccessKeyId>"
+            f"<SecretAccessKey>{SECRET_KEY}</SecretAccessKey><SessionToken>{SESSION_TOKEN}</SessionToken>"
+            f"<Expiration>{expires}</Expiration></Credentials>"
+            "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        )
+
+    def _get_secret_value(self, headers: Any, request: dict[str, Any]) -> str:
+        found = re.search(r"Credential=([^/]+)/", headers["Authorization"])
+        assert found is not None
+        assert headers["X-Amz-Security-Token"] == SESSION_TOKEN
+        assert request == {"SecretId": SECRET_ID, "VersionStage": "AWSCURRENT"}
+        self.keys.append(found[1])
+        self.times.append(time.monotonic())
+        answer: dict[str, Any] = {"Name": SECRET_ID, "VersionId": self.version, "VersionStages": self.stages}
+        if self.text is None:
+            answer["SecretBinary"] = base64.b64encode(b"\x00\x01").decode()
+        else:
+            answer["SecretString"] = self.text
+        self.before_secret()
+        return json.dumps(answer)
+
+    def password_is(self, password: str, version: str) -> None:
+        self.text = json.dumps({"username": "orders_app", "password": password})
+        self.version = version
+
+
+@pytest.fixture
+def aws() -> Iterator[Aws]:
+    state = Aws()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status = 200
+            try:
+                kind, text = state.post(self.headers, body)
+            except Fault as fault:
+                status = fault.status
+                if "X-Amz-Target" in self.headers:
+                    kind, text = (
+                        "application/x-amz-json-1.1",
+                        json.dumps({"__type": fault.code, "message": "no"}),
+                    )
+                else:
+                    kind = "text/xml"
+                    text = f"<ErrorResponse><Error><Code>{fault.code}</Code></Error></ErrorResponse>"
+            self._send(status, kind, text)
+
+        def do_GET(self) -> None:
+            state.metadata_calls += 1
+            self._send(200, "text/plain", "a-broad-role")
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def _send(self, status: int, kind: str, text: str) -> None:
+            content = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # a client that gave up
+                super().handle()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's pauses, shortened; and no variable of this machine that speaks to an AWS SDK."""
+    monkeypatch.setattr(secrets, "MIN_INTERVAL", 0.0)
+    monkeypatch.setattr(secrets, "FIRST_RETRY", 0.05)
+    monkeypatch.setattr(secrets, "LAST_RETRY", 0.1)
+    monkeypatch.setattr(secrets, "ATTEMPTS", 1)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(token())
+    return path
+
+
+@pytest.fixture
+def identity(aws: Aws, token_file: Path) -> WebIdentity:
+    return WebIdentity(ROLE, token_file, "eu-central-1", "orders-pod", aws.url)
+
+
+@pytest.fixture
+def make(aws: Aws, identity: WebIdentity) -> Iterator[Callable[..., RotatingSecret]]:
+    made: list[RotatingSecret] = []
+
+    def factory(**options: Any) -> RotatingSecret:
+        made.append(RotatingSecret(SECRET_ID, identity, endpoint_url=aws.url, **options))
+        return made[-1]
+
+    yield factory
+    for secret in made:
+        secret.close()
+
+
+async def eventually(condition: Callable[[], bool], within: float = 5.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+def raises(fault: Fault) -> Callable[[], None]:
+    def act() -> None:
+        raise fault
+
+    return act
+
+
+# -- who we are (C13, C45, C51, C52)
+
+
+def irsa(token_file: Path, **more: str) -> dict[str, str]:
+    return {
+        "AWS_ROLE_ARN": ROLE,
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(token_file),
+        "AWS_REGION": "eu-central-1",
+        **more,
+    }
+
+
+def test_web_identity_comes_from_the_variables_of_irsa(token_file: Path) -> None:
+    identity = WebIdentity.from_env(
+        irsa(token_file, AWS_ENDPOINT_URL="http://127.0.0.1:1", HOSTNAME="orders-7d4")
+    )
+
+    assert identity == WebIdentity(ROLE, token_file, "eu-central-1", "orders-7d4", "http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        "AWS_DEFAULT_PROFILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ],
+)
+def test_other_credentials_beside_the_web_identity_are_refused(token_file: Path, name: str) -> None:
+    assert WebIdentity.from_env(irsa(token_file))
+
+    with pytest.raises(CredentialsRefused, match=f"{name} is set.*Unset it") as refused:
+        WebIdentity.from_env(irsa(token_file, **{name: "CANARY"}))
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_CONFLICT
+    assert "CANARY" not in str(refused.value)
+
+
+@pytest.mark.parametrize("absent", [{"AWS_ROLE_ARN"}, {"AWS_WEB_IDENTITY_TOKEN_FILE"}, {"AWS_REGION"}])
+def test_a_missing_variable_is_named(token_file: Path, absent: set[str]) -> None:
+    environment = {name: value for name, value in irsa(token_file).items() if name not in absent}
+
+    with pytest.raises(CredentialsRefused, match=next(iter(absent))) as refused:
+        WebIdentity.from_env(environment)
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_MISSING
+
+
+def test_without_irsa_the_start_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CredentialsRefused, match=r"IRSA was not injected.*role-arn.*delete the pod"):
+        WebIdentity.from_env({})
+
+
+def test_a_role_that_is_no_role_is_refused(token_file: Path) -> None:
+    with pytest.raises(CredentialsRefused, match="AWS_ROLE_ARN"):
+        WebIdentity.from_env(irsa(token_file, AWS_ROLE_ARN="zt-demo-orders"))
+
+
+def test_a_token_file_that_is_missing_or_empty_is_refused(token_file: Path) -> None:
+    with pytest.raises(CredentialsRefused, match="does not exist"):
+        WebIdentity.from_env(irsa(token_file.with_name("none")))
+    token_file.write_text("\n")
+    with pytest.raises(CredentialsRefused, match="empty"):
+        WebIdentity.from_env(irsa(token_file))
+
+
+def test_a_newline_after_the_token_does_no_harm(token_file: Path) -> None:
+    token_file.write_text(token() + "\n")
+
+    assert WebIdentity.from_env(irsa(token_file)).read_token() == token()
+
+
+@contextmanager
+def somebody_else() -> Iterator[int]:
+    """Become a user without rights, when we are one that may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield os.geteuid()
+    finally:
+        os.seteuid(before)
+
+
+def test_an_unreadable_token_names_the_file_and_the_user(token_file: Path) -> None:
+    token_file.chmod(0)
+    with somebody_else() as user, pytest.raises(CredentialsRefused) as refused:
+        WebIdentity.from_env(irsa(token_file))
+
+    assert f"user {user} may not read it" in refused.value.detail
+    assert str(token_file) in refused.value.detail
+
+
+async def test_only_the_key_that_sts_issued_reaches_secrets_manager(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared = tmp_path / "credentials"
+    shared.write_text("[default]\naws_access_key_id=AKIASHAREDFILE\naws_secret_access_key=x\n")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIASTATICKEY",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_PROFILE": "no-such-profile",
+        "AWS_SHARED_CREDENTIALS_FILE": str(shared),
+        "AWS_CONFIG_FILE": str(shared),
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": aws.url,
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    value = await make().get()
+
+    assert value["password"] == PASSWORD
+    assert aws.keys == ["ASIAISSUED000001"]
+    assert aws.metadata_calls == 0
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(400, "InvalidIdentityToken"), Fault(400, "Throttling"), Fault(503, "Busy")]
+)
+async def test_when_sts_fails_nobody_else_is_asked_for_credentials(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", aws.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASTATICKEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    aws.before_sts = raises(fault)
+
+    with pytest.raises(SecretError):
+        await make().get()
+
+    assert aws.tokens
+    assert aws.keys == []
+    assert aws.metadata_calls == 0
+
+
+async def test_sts_denial_says_what_the_trust_policy_must_match_and_not_the_token(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.before_sts = raises(Fault(403, "AccessDenied"))
+
+    with pytest.raises(CredentialsRefused) as refused:
+        await make().get()
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_REFUSED
+    for part in (
+        ROLE,
+        "system:serviceaccount:zt-demo:orders",
+        "sts.amazonaws.com",
+        "https://oidc.zt.example/local",
+    ):
+        assert part in refused.value.detail
+    assert "CANARY" not in str(refused.value)
+
+
+async def test_secrets_manager_denial_names_role_and_secret(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.before_secret = raises(Fault(400, "AccessDeniedException"))
+
+    with pytest.raises(SecretError, match="kms:Decrypt") as refused:
+        await make().get()
+
+    assert refused.value.reason is Reason.SECRET_DENIED
+    assert ROLE in refused.value.detail
+    assert SECRET_ID in refused.value.detail
+
+
+# -- the token and the temporary credentials (C45)
+
+
+async def test_the_token_is_read_again_at_each_renewal(
+    aws: Aws, make: Callable[..., RotatingSecret], token_file: Path
+) -> None:
+    aws.lifetime = 0.2
+    secret = make()
+    seen: list[str] = []
+    for number in range(1, 4):
+        seen.append(token(number=number))
+        token_file.with_name("next").write_text(seen[-1])
+        token_file.with_name("next").replace(token_file)
+        await eventually_refreshed(secret, lambda expected=list(seen): aws.tokens[-1:] == expected[-1:])
+
+    assert [t for i, t in enumerate(aws.tokens) if t not in aws.tokens[:i]] == seen
+    assert aws.keys[-1] == f"ASIAISSUED{len(aws.tokens):06}"
+
+
+async def eventually_refreshed(secret: RotatingSecret, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await secret.refresh()
+
+
+async def test_credentials_are_renewed_before_they_expire(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.lifetime = 2.0
+    secret = make()
+    await secret.refresh()
+    deadline = time.monotonic() + 2.0
+
+    while len(aws.tokens) < 2:
+        assert time.monotonic() < deadline, "the credentials expired"
+        await secret.refresh()
+        await asyncio.sleep(0.02)
+
+    assert aws.keys[-1] == "ASIAISSUED000002"
+
+
+async def test_credentials_of_before_work_through_an_outage_of_sts(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "_RENEW_AT", -1.0)
+    secret = make()
+    await secret.refresh()
+    aws.before_sts = raises(Fault(503, "ServiceUnavailable"))
+
+    await secret.refresh()
+
+    assert len(aws.tokens) > 1
+    assert aws.keys[-1] == "ASIAISSUED000001"
+
+
+@pytest.mark.parametrize(
+    "code", ["UnrecognizedClientException", "ExpiredTokenException", "InvalidClientTokenId"]
+)
+async def test_credentials_that_aws_forgot_are_replaced_at_once(
+    aws: Aws, make: Callable[..., RotatingSecret], code: str
+) -> None:
+    secret = make()
+    await secret.refresh()
+    forgotten = aws.keys[-1]
+
+    def forget() -> None:
+        if aws.keys[-1] == forgotten:
+            raise Fault(400, code)
+
+    aws.before_secret = forget
+
+    assert (await secret.refresh())["password"] == PASSWORD
+    assert len(aws.tokens) == 2
+
+
+async def test_the_role_is_assumed_again_only_once_for_one_read(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.before_secret = raises(Fault(400, "UnrecognizedClientException"))
+
+    with pytest.raises(CredentialsRefused) as refused:
+        await make().get()
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_REFUSED
+    assert len(aws.tokens) == len(aws.keys) == 2
+
+
+async def test_recovers_without_a_restart_when_a_good_token_follows_an_expired_one(
+    aws: Aws, make: Callable[..., RotatingSecret], token_file: Path
+) -> None:
+    aws.lifetime = 0.05
+    secret = make(max_age=0.05)
+    before = await secret.get()
+    good = token(number=7)
+
+    def check() -> None:
+        if aws.tokens[-1] != good:
+            raise Fault(400, "ExpiredTokenException")
+
+    aws.before_sts = check
+    async with secret:
+        await eventually(lambda: secret.status()["last_error"] == "web_identity_refused")
+        assert await secret.get() == before
+        token_file.write_text(good)
+        await eventually(lambda: secret.status()["state"] == "serving")
+
+
+# -- keeping it fresh (C37, C43)
+
+
+async def test_a_fresh_value_is_not_asked_for_again(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    secret = make(max_age=60)
+    first = await secret.get()
+
+    assert await secret.get() is first
+    assert secret.current is first
+    assert await secret.refresh(force=False) is first
+    assert len(aws.keys) == 1
+
+
+async def test_a_forced_refresh_finds_the_new_version(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    secret = make(max_age=3600)
+    assert (await secret.get()).version_id == "v1"
+    aws.password_is("new", "v2")
+
+    assert (await secret.refresh()).version_id == "v2"
+    assert (await secret.get())["password"] == "new"
+
+
+async def test_a_stale_value_is_asked_for_again(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    secret = make(max_age=0.05)
+    await secret.get()
+    aws.password_is("new", "v2")
+    await asyncio.sleep(0.06)
+
+    assert (await secret.get()).version_id == "v2"
+
+
+async def test_in_the_background_no_caller_waits(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    async with make(max_age=0.05) as secret:
+        await eventually(lambda: secret.current is not None)
+        aws.password_is("new", "v2")
+        await eventually(lambda: secret.current is not None and secret.current.version_id == "v2")
+        aws.before_secret = lambda: time.sleep(0.2)
+        slow = len(aws.keys)
+        await eventually(lambda: len(aws.keys) > slow)
+        began = time.monotonic()
+        await secret.get()
+
+        assert time.monotonic() - began < 0.1
+
+
+async def test_tasks_and_threads_share_one_call(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    aws.before_secret = lambda: time.sleep(0.1)
+    secret = make()
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(50) as threads:
+        values = await asyncio.gather(
+            *(secret.get() for _ in range(50)),
+            *(loop.run_in_executor(threads, secret.sync_get) for _ in range(50)),
+        )
+
+    assert {value.version_id for value in values} == {"v1"}
+    assert len(aws.keys) == len(aws.tokens) == 1
+
+
+async def test_a_forced_refresh_does_not_take_an_answer_from_before_it_was_asked(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    reached, release = threading.Event(), threading.Event()
+    secret = make()
+    await secret.refresh()
+
+    def hold() -> None:  # the answer was made before the rotation, and arrives after it
+        reached.set()
+        release.wait(5)
+
+    aws.before_secret = hold
+    slow = asyncio.create_task(secret.refresh())
+    await asyncio.to_thread(reached.wait, 5)
+    aws.before_secret = nothing
+    aws.password_is("new", "v2")
+    forced = [asyncio.create_task(secret.refresh()) for _ in range(20)]
+    await asyncio.sleep(0)
+    release.set()
+
+    assert (await slow).version_id == "v1"
+    assert {value.version_id for value in await asyncio.gather(*forced)} == {"v2"}
+    assert len(aws.keys) == 3
+
+
+async def test_forced_refreshes_keep_their_distance(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "MIN_INTERVAL", 0.1)
+    secret = make()
+    await secret.refresh()  # the first one also makes the clients
+    for _ in range(4):
+        await asyncio.gather(*(secret.refresh() for _ in range(10)))
+
+    gaps = [later - earlier for earlier, later in pairwise(aws.times[1:])]
+    assert len(gaps) == 3
+    assert min(gaps) > 0.08
+
+
+async def test_a_cancelled_waiter_does_not_cancel_the_others(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    release = threading.Event()
+    aws.before_secret = lambda: release.wait(5) and None
+    secret = make()
+    impatient, patient = asyncio.create_task(secret.get()), asyncio.create_task(secret.get())
+    await eventually(lambda: len(aws.keys) == 1)
+    impatient.cancel()
+    await asyncio.wait({impatient})
+    release.set()
+
+    assert (await patient).version_id == "v1"
+
+
+async def test_an_outage_is_lived_through_on_the_last_good_value(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    secret = make(max_age=0.02)
+    before = await secret.get()
+    aws.before_secret = raises(Fault(500, "InternalServiceError"))
+    await asyncio.sleep(0.03)
+
+    assert await secret.get() is before
+    status = secret.status()
+    assert status["state"] == "degraded"
+    assert status["last_error"] == "secret_unavailable"
+    assert await secret.check() is None
+    with pytest.raises(SecretError):
+        await secret.refresh()
+
+    aws.before_secret = nothing
+    await eventually_refreshed_by_get(secret)
+
+
+async def eventually_refreshed_by_get(secret: RotatingSecret) -> None:
+    deadline = time.monotonic() + 5
+    while secret.status()["state"] != "serving":
+        assert time.monotonic() < deadline
+        await secret.get()
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("AccessDeniedException", "secret_denied"), ("ResourceNotFoundException", "secret_unavailable")],
+)
+async def test_a_secret_that_is_gone_or_denied_serves_on_and_says_so(
+    aws: Aws, make: Callable[..., RotatingSecret], code: str, reason: str
+) -> None:
+    secret = make(max_age=0.02)
+    before = await secret.get()
+    aws.before_secret = raises(Fault(400, code))
+    await asyncio.sleep(0.03)
+
+    assert await secret.get() is before
+    assert secret.status()["last_error"] == reason
+
+
+async def test_callers_in_a_loop_do_not_hammer_aws(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "FIRST_RETRY", 10.0)
+    monkeypatch.setattr(secrets, "LAST_RETRY", 10.0)
+    aws.before_secret = raises(Fault(400, "AccessDeniedException"))
+    secret = make()
+    for _ in range(50):
+        with pytest.raises(SecretError) as refused:
+            await secret.get()
+        assert refused.value.reason is Reason.SECRET_DENIED
+
+    assert len(aws.keys) == 1
+    assert "secret_denied" in str(await secret.check())
+
+
+async def test_throttling_is_retried(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "ATTEMPTS", 2)
+
+    def throttle_first() -> None:
+        if len(aws.keys) == 1:
+            raise Fault(400, "ThrottlingException")
+
+    aws.before_secret = throttle_first
+
+    assert (await make().get()).version_id == "v1"
+    assert len(aws.keys) == 2
+
+
+async def test_an_aws_that_does_not_answer_is_given_up_and_never_blocks_the_loop(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "READ_TIMEOUT", 0.3)
+    release = threading.Event()
+    aws.before_secret = lambda: release.wait(5) and None
+    longest = 0.0
+
+    async def heartbeat() -> None:
+        nonlocal longest
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - began)
+
+    beat = asyncio.create_task(heartbeat())
+    with pytest.raises(SecretError) as refused:
+        await make().get()
+    beat.cancel()
+    release.set()
+
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+    assert longest < 0.25
+
+
+def test_sync_get_works_without_a_loop(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    secret = make()
+
+    assert secret.sync_get()["username"] == "orders_app"
+    assert secret.sync_get() is secret.current
+
+
+def test_sync_get_gives_up_in_time(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    release = threading.Event()
+    aws.before_secret = lambda: release.wait(5) and None
+
+    with pytest.raises(SecretError, match="no answer"):
+        make().sync_get(timeout=0.1)
+    release.set()
+
+
+async def test_closing_answers_those_who_wait_and_forgets_the_value(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    release = threading.Event()
+    aws.before_secret = lambda: release.wait(5) and None
+    async with make() as secret:
+        waiting = asyncio.create_task(secret.get())
+        await eventually(lambda: len(aws.keys) == 1)
+    release.set()
+
+    with pytest.raises(SecretError, match="closed"):
+        await waiting
+    with pytest.raises(SecretError, match="closed"):
+        await secret.get()
+    assert secret.current is None
+    assert secret.status()["state"] == "closed"
+
+
+# -- what it holds (C44)
+
+
+async def test_the_members_are_texts_and_more_than_required_is_kept(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.stages = ("AWSCURRENT", "AWSPENDING")
+    aws.text = json.dumps(
+        {"username": "u", "password": "p", "port": 5432, "dbname": "x", "n": None, "l": [1]}
+    )
+
+    value = await make().get()
+
+    assert dict(value.fields) == {"username": "u", "password": "p", "port": "5432", "dbname": "x"}
+    with pytest.raises(TypeError):
+        value.fields["password"] = "other"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "CANARY, not JSON",
+        '["CANARY"]',
+        '{"username": "CANARY"}',
+        '{"username": "CANARY", "password": null}',
+        '{"username": "CANARY", "password": ""}',
+        '{"username": "CANARY", "password": 12345}',
+    ],
+)
+async def test_a_malformed_version_is_refused_and_the_last_good_one_kept(
+    aws: Aws, make: Callable[..., RotatingSecret], text: str | None
+) -> None:
+    secret = make(max_age=0.02)
+    good = await secret.get()
+    aws.text, aws.version = text, "v2"
+
+    with pytest.raises(SecretError) as refused:
+        await secret.refresh()
+
+    assert refused.value.reason is Reason.SECRET_MALFORMED
+    assert "CANARY" not in str(refused.value)
+    assert await secret.get() is good
+
+
+# -- what it tells (C18)
+
+
+async def test_nothing_secret_is_ever_told(
+    aws: Aws, make: Callable[..., RotatingSecret], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name in ("botocore", "urllib3", "botocore.endpoint", "botocore.parsers", "botocore.auth"):
+        caplog.set_level(logging.DEBUG, name)
+    audit = io.StringIO()
+    told: list[str] = []
+    secret = make(audit=AuditLog("orders", audit))
+    async with secret:
+        value = await secret.get()
+        told += [
+            repr(value),
+            str(value),
+            repr(secret),
+            str(secret.status()),
+            repr(secret.identity),
+            f"{value!r}",
+        ]
+        for fault in ("AccessDeniedException", "ExpiredTokenException", "InternalServiceError"):
+            aws.before_secret = raises(Fault(400, fault))
+            with pytest.raises(SecretError) as refused:
+                await secret.refresh()
+            told += [str(refused.value), repr(refused.value), repr(refused.value.__cause__)]
+        aws.before_secret, aws.text = nothing, '"CANARY'
+        with pytest.raises(SecretError) as refused:
+            await secret.refresh()
+        told.append(repr(refused.value))
+    with pytest.raises(TypeError):
+        pickle.dumps(value)
+
+    everything = "\n".join([*told, audit.getvalue(), caplog.text])
+    assert "secret_denied" in everything
+    assert "CANARY" not in everything
+
+
+async def test_the_audit_log_tells_versions_and_refusals_once(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    stream = io.StringIO()
+    secret = make(audit=AuditLog("orders", stream))
+    await secret.refresh()
+    await secret.refresh()
+    aws.password_is("new", "v2")
+    await secret.refresh()
+    aws.before_secret = raises(Fault(400, "AccessDeniedException"))
+    for _ in range(3):
+        with pytest.raises(SecretError):
+            await secret.refresh()
+
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["event"], line["decision"], line["reason"]) for line in lines] == [
+        ("credentials", "allow", None),
+        ("credentials", "allow", None),
+        ("credentials", "deny", "secret_denied"),
+    ]
+    assert [line.get("version") for line in lines] == ["v1", "v2", None]
+    assert lines[1]["previous_version"] == "v1"
+    assert {line["role_arn"] for line in lines} == {ROLE}
+
+
+async def test_the_status_page_shows_version_age_and_source(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    secret = make()
+    assert secret.status()["state"] == "starting"
+    assert await secret.check() == "no secret has been fetched yet"
+    await secret.get()
+
+    status = secret.status()
+
+    assert status["age_seconds"] < 5
+    assert {
+        name: status[name] for name in ("state", "secret_id", "version", "last_error", "role_arn", "source")
+    } == {
+        "state": "serving",
+        "secret_id": SECRET_ID,
+        "version": "v1",
+        "last_error": None,
+        "role_arn": ROLE,
+        "source": "web identity",
+    }
