@@ -407,7 +407,8 @@ class _Connector:
 
     def explain(self, error: psycopg.Error, version: SecretVersion) -> NoDatabase:
         """The failure as a refusal that says what to look at."""
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).removeprefix("connection failed: ")
+        message = message.partition(" Either provide the file")[0]  # or do without: libpq's hint, not ours
         for secret in sorted(map(str, version.fields.values()), key=len, reverse=True):
             # libpq does not quote passwords. Should it ever: not here.
             if secret and secret == version.fields.get("password"):
