@@ -65,7 +65,7 @@ class StateDirectory:
                     "--state DIR."
                 )
             self.path.chmod(0o700)
-            for folder in (self.logs, self.home):
+            for folder in (self.logs, self.home, self.path / "tokens"):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except FileExistsError as error:
             raise StateUnusable(
@@ -210,12 +210,27 @@ def now() -> float:
     return time.time()
 
 
+def checkout() -> Path | None:
+    """The checkout that this package runs from, if it does."""
+    found = Path(__file__).resolve().parents[3]
+    if (found / "uv.lock").is_file() and (found / "dev" / "pyproject.toml").is_file():
+        return found
+    return None
+
+
 def default_state_directory() -> Path:
     """`ZTDEV_STATE`, else `.zt` in the checkout, else `.zt` in the current directory."""
     named = os.environ.get("ZTDEV_STATE")
+    return Path(named) if named else (checkout() or Path.cwd()) / ".zt"
+
+
+def default_tools_directory() -> Path:
+    """Where what is unpacked or installed once is kept, for every stack of this user: `ZTDEV_TOOLS`, else
+    `.tools` in the checkout when it can be written, else the user's cache."""
+    named = os.environ.get("ZTDEV_TOOLS")
     if named:
         return Path(named)
-    checkout = Path(__file__).resolve().parents[3]
-    if (checkout / "uv.lock").is_file() and (checkout / "dev" / "pyproject.toml").is_file():
-        return checkout / ".zt"
-    return Path.cwd() / ".zt"
+    here = checkout()
+    if here is not None and os.access(here, os.W_OK):
+        return here / ".tools"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ztdev"
