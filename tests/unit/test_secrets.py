@@ -74,8 +74,8 @@ class Aws:
     )
     stages: tuple[str, ...] = ("AWSCURRENT",)
     lifetime: float = 3600.0
-    before_sts: Callable[[], None] = nothing
-    before_secret: Callable[[], None] = nothing
+    before_sts: Callable[[], object] = nothing
+    before_secret: Callable[[], object] = nothing
     tokens: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -340,9 +340,9 @@ async def test_only_the_key_that_sts_issued_reaches_secrets_manager(
     }.items():
         monkeypatch.setenv(name, value)
 
-    value = await make().get()
+    read = await make().get()
 
-    assert value["password"] == PASSWORD
+    assert read["password"] == PASSWORD
     assert aws.keys == ["ASIAISSUED000001"]
     assert aws.metadata_calls == 0
 
@@ -411,17 +411,13 @@ async def test_the_token_is_read_again_at_each_renewal(
         seen.append(token(number=number))
         token_file.with_name("next").write_text(seen[-1])
         token_file.with_name("next").replace(token_file)
-        await eventually_refreshed(secret, lambda expected=list(seen): aws.tokens[-1:] == expected[-1:])
+        deadline = time.monotonic() + 5
+        while aws.tokens[-1:] != seen[-1:]:
+            assert time.monotonic() < deadline
+            await secret.refresh()
 
     assert [t for i, t in enumerate(aws.tokens) if t not in aws.tokens[:i]] == seen
     assert aws.keys[-1] == f"ASIAISSUED{len(aws.tokens):06}"
-
-
-async def eventually_refreshed(secret: RotatingSecret, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        await secret.refresh()
 
 
 async def test_credentials_are_renewed_before_they_expire(
@@ -608,7 +604,7 @@ async def test_a_cancelled_waiter_does_not_cancel_the_others(
     aws: Aws, make: Callable[..., RotatingSecret]
 ) -> None:
     release = threading.Event()
-    aws.before_secret = lambda: release.wait(5) and None
+    aws.before_secret = lambda: release.wait(5)
     secret = make()
     impatient, patient = asyncio.create_task(secret.get()), asyncio.create_task(secret.get())
     await eventually(lambda: len(aws.keys) == 1)
@@ -636,10 +632,10 @@ async def test_an_outage_is_lived_through_on_the_last_good_value(
         await secret.refresh()
 
     aws.before_secret = nothing
-    await eventually_refreshed_by_get(secret)
+    await until_serving(secret)
 
 
-async def eventually_refreshed_by_get(secret: RotatingSecret) -> None:
+async def until_serving(secret: RotatingSecret) -> None:
     deadline = time.monotonic() + 5
     while secret.status()["state"] != "serving":
         assert time.monotonic() < deadline
@@ -699,7 +695,7 @@ async def test_an_aws_that_does_not_answer_is_given_up_and_never_blocks_the_loop
 ) -> None:
     monkeypatch.setattr(secrets, "READ_TIMEOUT", 0.3)
     release = threading.Event()
-    aws.before_secret = lambda: release.wait(5) and None
+    aws.before_secret = lambda: release.wait(5)
     longest = 0.0
 
     async def heartbeat() -> None:
@@ -728,7 +724,7 @@ def test_sync_get_works_without_a_loop(aws: Aws, make: Callable[..., RotatingSec
 
 def test_sync_get_gives_up_in_time(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
     release = threading.Event()
-    aws.before_secret = lambda: release.wait(5) and None
+    aws.before_secret = lambda: release.wait(5)
 
     with pytest.raises(SecretError, match="no answer"):
         make().sync_get(timeout=0.1)
@@ -739,7 +735,7 @@ async def test_closing_answers_those_who_wait_and_forgets_the_value(
     aws: Aws, make: Callable[..., RotatingSecret]
 ) -> None:
     release = threading.Event()
-    aws.before_secret = lambda: release.wait(5) and None
+    aws.before_secret = lambda: release.wait(5)
     async with make() as secret:
         waiting = asyncio.create_task(secret.get())
         await eventually(lambda: len(aws.keys) == 1)

@@ -678,8 +678,8 @@ class _SecretReader:
         if code.startswith("AccessDenied"):
             return CredentialsRefused(
                 Reason.WEB_IDENTITY_REFUSED,
-                f"STS does not let this workload assume {role}. The trust policy must name the token's issuer, "
-                "and its sub and aud exactly, under StringEquals. "
+                f"STS does not let this workload assume {role}. The trust policy must name the issuer, and "
+                "under StringEquals exactly the sub and aud of the token. "
                 f"The token says: {_claims_hint(token)}",
             )
         if code in ("InvalidIdentityToken", "ExpiredTokenException", "ExpiredToken"):
