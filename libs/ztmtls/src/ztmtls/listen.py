@@ -49,6 +49,7 @@ class PlainServer:
             log_config=None,
             access_log=False,
             lifespan="off",
+            interface="asgi3",
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=1,

@@ -143,6 +143,7 @@ def _config(app: ASGIApp, http: HttpParser, grace: float, **more: Any) -> uvicor
     return uvicorn.Config(
         app,
         http=http,
+        interface="asgi3",
         log_config=None,
         access_log=False,
         server_header=False,
