@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pwd
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -18,7 +20,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy import text
 from sqlalchemy.pool import NullPool
 
-from ztdev.postgres import ServiceRoles, config, make_server_tls
+from ztdev.errors import DiskFull, NotReady, PortInUse, StackError, StateUnusable
+from ztdev.postgres import PostgresServer, ServiceRoles, config, make_server_tls
 from ztmtls import database
 from ztmtls.database import DatabaseTarget, NoDatabase, create_engine, sync_engine
 from ztmtls.reasons import Reason, Refusal
@@ -384,7 +387,7 @@ def test_each_authority_is_another_one() -> None:
 
 
 def test_nobody_enters_without_tls() -> None:
-    for line in config.pg_hba_conf("peer map=administrator").splitlines():
+    for line in config.pg_hba_conf().splitlines():
         words = line.split()
         if words[0] == "#":
             continue
@@ -422,3 +425,35 @@ def test_roles_of_a_service() -> None:
         "orders_app_clone",
         "orders_rotator",
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "advice"),
+    [
+        ("could not write to file: No space left on device", DiskFull, "Free some space"),
+        ('could not bind IPv4 address "127.0.0.1": Address already in use', PortInUse, "choose another port"),
+        ("could not resize shared memory segment: ENOSPC", StateUnusable, "--shm-size"),
+        ("database files are incompatible with server", StateUnusable, "begin with an empty database"),
+        ("run_as: user 65534 may not write to /x", StateUnusable, "user 65534 may not write to /x"),
+        ("FATAL: something else", NotReady, "something else"),
+    ],
+)
+def test_server_that_does_not_start_says_what_to_do(
+    tmp_path: Path, line: str, error: type[StackError], advice: str
+) -> None:
+    told = PostgresServer(tmp_path, 15432)._explain("PostgreSQL did not start", ["before", line])
+
+    assert type(told) is error
+    assert advice in str(told)
+
+
+async def test_user_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless(uid: int) -> object:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
+
+    with pytest.raises(StateUnusable, match="needs a user that has a name"):
+        await PostgresServer(tmp_path / "db", 15432).start()
+
+    assert not (tmp_path / "db").exists()

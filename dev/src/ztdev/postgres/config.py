@@ -63,7 +63,7 @@ def postgresql_conf(port: int, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pg_hba_conf(administrator_method: str) -> str:
+def pg_hba_conf() -> str:
     """Who may log in, and how. What no line names is refused.
 
     `samerole`: a login must be a member of the role that is named like the database (see `roles`), so
@@ -72,7 +72,7 @@ def pg_hba_conf(administrator_method: str) -> str:
     """
     return (
         "# Written by ztdev at each start: changes made here are lost.\n"
-        f"local    all       {ADMINISTRATOR}                {administrator_method}\n"
+        f"local    all       {ADMINISTRATOR}                peer map=administrator\n"
         f"host     all       {ADMINISTRATOR}  all           reject\n"
         "hostssl  samerole  all       127.0.0.1/32  scram-sha-256\n"
     )

