@@ -94,23 +94,23 @@ class Payments:
         """
         clock = asyncio.get_running_loop().time
         end = clock() + self._retry.deadline
-        in_doubt = False
-        renewed = False
+        in_doubt = renewed = False
         for attempt in range(1, self._retry.attempts + 1):
             outcome = await self._attempt(order_id, amount, min(self._retry.attempt, end - clock()))
             match outcome:
-                case Refused(status=401) if not renewed:
-                    renewed = True
-                case Refused() if in_doubt:
-                    return Unknown(f"refused now ({outcome.reason}), but an earlier attempt may have passed")
-                case Unknown(worth_repeating=True):
+                case Unknown():
                     in_doubt = True
+                    again = outcome.worth_repeating
+                case Refused(status=401):
+                    again, renewed = not renewed, True
                 case _:
-                    return outcome
+                    again = False
             pause = self._pause(attempt)
-            if clock() + pause >= end:
+            if not again or clock() + pause >= end:
                 break
             await asyncio.sleep(pause)
+        if in_doubt and isinstance(outcome, Refused):
+            return Unknown(f"refused now ({outcome.reason}), but an earlier attempt may have passed")
         return outcome
 
     def _pause(self, attempt: int) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Currency = Literal["EUR"]
 OrderStatus = Literal["pending", "paid", "declined"]
@@ -26,16 +26,16 @@ class WantedItem(_Request):
     quantity: Annotated[int, Field(strict=True, ge=1, le=99)]
 
 
+def _each_once(items: list[WantedItem]) -> list[WantedItem]:
+    if len({item.sku for item in items}) < len(items):
+        raise ValueError("a product may stand in one line only")
+    return items
+
+
 class OrderRequest(_Request):
     """Body of ``POST /orders``."""
 
-    items: Annotated[tuple[WantedItem, ...], Field(min_length=1, max_length=20)]
-
-    @model_validator(mode="after")
-    def _each_product_once(self) -> Self:
-        if len({item.sku for item in self.items}) < len(self.items):
-            raise ValueError("a product may stand in one line only")
-        return self
+    items: Annotated[list[WantedItem], Field(min_length=1, max_length=20), AfterValidator(_each_once)]
 
 
 class Product(BaseModel):
