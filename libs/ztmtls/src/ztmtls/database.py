@@ -154,7 +154,7 @@ def sync_engine(
 ) -> Engine:
     """The twin for code that does not await, such as migrations. It keeps no connection open after its use.
 
-    The secret is asked in an event loop of its own: do not share `secret` with an engine of `create_engine`.
+    The secret is asked in an event loop of its own, in a thread of its own, so this works in a coroutine too.
     """
     _refuse_other_ways(engine_options)
     connector = _Connector(secret, target, application_name, patience)
