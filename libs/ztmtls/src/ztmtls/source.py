@@ -222,8 +222,8 @@ _FUTILE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 # A denial must hold this long before the identity is dropped: entries flap for a moment when a server
 # restarts. Dropping must happen (Workload API section 5.2.1), and well within 5 s.
 DENIAL_GRACE = 2.0
-# Past this part of the SVID's life without an update the stream is opened anew: it may be dead in a way
-# that the socket does not show.
+# When this part of the life that an SVID had left has passed without an update, the stream is opened anew: it
+# may be dead in a way that the socket does not show. Agents renew at half of the life.
 _OVERDUE = 0.75
 # A stream must bring something within this many seconds while we have no identity.
 _FIRST_ANSWER = 30.0
@@ -383,10 +383,7 @@ class X509Source(_Holder):
             return _FIRST_ANSWER
         if not self._usable():
             return _URGENT_ANSWER
-        leaf = self._snapshot.svid.leaf
-        life = (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds()
-        overdue = leaf.not_valid_before_utc.timestamp() + life * _OVERDUE
-        return max(overdue - time.time(), life * 0.1, 1.0)
+        return max((self._expires - time.time()) * _OVERDUE, 1.0)
 
     def _on_update(self, response: Any) -> None:
         now = datetime.now(UTC)
