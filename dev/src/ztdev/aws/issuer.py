@@ -18,7 +18,7 @@ import shutil
 import ssl
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -159,8 +159,6 @@ class OidcIssuer:
         self, namespace: str, service_account: str, *, audience: str = AUDIENCE, lifetime: float = 3600
     ) -> str:
         """A token as Kubernetes projects it for this service account. `lifetime` is in seconds."""
-        if self._key is None:
-            raise RuntimeError("the issuer was not started")
         self._longest = max(self._longest, lifetime)
         now = int(time.time())
         account_uid = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.url}/{namespace}/{service_account}")
@@ -177,7 +175,13 @@ class OidcIssuer:
             "nbf": now,
             "sub": f"system:serviceaccount:{namespace}:{service_account}",
         }
-        return jwt.encode({"alg": "RS256", "kid": self._key.kid}, claims, self._key)
+        return self.sign(claims)
+
+    def sign(self, claims: Mapping[str, Any]) -> str:
+        """Sign any claims with the issuer's key: tokens to be refused for what they say."""
+        if self._key is None:
+            raise RuntimeError("the issuer was not started")
+        return jwt.encode({"alg": "RS256", "kid": self._key.kid}, dict(claims), self._key)
 
     # -- what it serves
 

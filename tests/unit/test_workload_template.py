@@ -1,0 +1,321 @@
+"""infra/workload.yaml: the rendered trust policies and permissions say what the design says, no more."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cfnlint.api import lint  # type: ignore[import-untyped,unused-ignore]
+from cfnlint.config import ManualArgs  # type: ignore[import-untyped,unused-ignore]
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "infra" / "workload.yaml"
+
+ISSUERS = ["oidc.eks.eu-central-1.amazonaws.com/id/0123456789ABCDEF0123456789ABCDEF", "oidc.zt.example/local"]
+
+SERVICE_ACCOUNTS = ["orders", "orders-migrate", "payments", "payments-migrate"]
+STRANGERS = ["frontend", "default", "order", "orders-", "orders2", "payments-migrate-x"]
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with CloudFormation's short forms."""
+
+
+def _short_form(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> dict[str, Any]:
+    if isinstance(node, yaml.SequenceNode):
+        value: Any = loader.construct_sequence(node, deep=True)
+    elif isinstance(node, yaml.MappingNode):
+        value = loader.construct_mapping(node, deep=True)
+    else:
+        assert isinstance(node, yaml.ScalarNode)
+        value = loader.construct_scalar(node)
+        if suffix == "GetAtt":
+            value = value.split(".", 1)
+    return {"Ref" if suffix == "Ref" else f"Fn::{suffix}": value}
+
+
+Loader.add_multi_constructor("!", _short_form)
+
+
+@functools.cache
+def load() -> dict[str, Any]:
+    template: dict[str, Any] = yaml.load(TEMPLATE.read_text(), Loader)
+    return template
+
+
+def render(value: Any, values: Mapping[str, str]) -> Any:
+    """Resolve the functions the template uses; anything else fails the test."""
+    if isinstance(value, list):
+        return [render(item, values) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"Ref"}:
+        return values.get(value["Ref"], f"<{value['Ref']}>")
+    if set(value) == {"Fn::GetAtt"}:
+        return "<{}.{}>".format(*value["Fn::GetAtt"])
+    if set(value) == {"Fn::Sub"}:
+        assert isinstance(value["Fn::Sub"], str)
+        return re.sub(r"\$\{([^}]+)\}", lambda found: values[found[1]], value["Fn::Sub"])
+    assert not [key for key in value if key.startswith("Fn::")], value
+    return {key: render(item, values) for key, item in value.items()}
+
+
+def values(issuer: str = ISSUERS[0]) -> dict[str, str]:
+    parameters = {
+        name: str(parameter["Default"])
+        for name, parameter in load()["Parameters"].items()
+        if "Default" in parameter
+    }
+    return {
+        **parameters,
+        "OidcIssuerHost": issuer,
+        "OrdersDatabaseHost": "orders.db.example",
+        "PaymentsDatabaseHost": "payments.db.example",
+        "AWS::Partition": "aws",
+        "AWS::AccountId": "111122223333",
+        "AWS::Region": "eu-central-1",
+    }
+
+
+def resources(kind: str, issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
+    return {
+        name: render(resource["Properties"], values(issuer))
+        for name, resource in load()["Resources"].items()
+        if resource["Type"] == kind
+    }
+
+
+def roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
+    return {role["RoleName"]: role for role in resources("AWS::IAM::Role", issuer).values()}
+
+
+def trust(role: Mapping[str, Any]) -> dict[str, Any]:
+    document = role["AssumeRolePolicyDocument"]
+    parsed: dict[str, Any] = json.loads(document) if isinstance(document, str) else document
+    return parsed
+
+
+def trusts(document: Mapping[str, Any], issuer: str, subject: str, audience: str) -> bool:
+    """What STS decides: the conditions against the token's claims (keys without regard to case)."""
+    claims = {f"{issuer}:sub".lower(): subject, f"{issuer}:aud".lower(): audience}
+    for statement in document["Statement"]:
+        assert statement["Effect"] == "Allow"
+        principal = f"arn:aws:iam::111122223333:oidc-provider/{issuer}"
+        if statement["Principal"] != {"Federated": principal}:
+            continue
+        for operator, condition in statement["Condition"].items():
+            assert operator == "StringEquals"
+            if not all(claims.get(key.lower()) == expected for key, expected in condition.items()):
+                break
+        else:
+            return True
+    return False
+
+
+def faults_in_conditions(document: Mapping[str, Any]) -> list[str]:
+    """Condition keys that CloudFormation would deploy as they stand, never resolved."""
+    return [
+        key
+        for statement in document["Statement"]
+        for condition in statement.get("Condition", {}).values()
+        for key in condition
+        if "${" in key or "Fn::" in key or "<" in key
+    ]
+
+
+# -- trust
+
+
+@pytest.mark.parametrize("issuer", ISSUERS)
+def test_each_role_trusts_exactly_its_service_account(issuer: str) -> None:
+    namespaces = ["zt-demo", "default", "zt-demo2", "zt-dem"]
+    audiences = ["sts.amazonaws.com", "spire-server", "sts.amazonaws.com.evil.example"]
+    accepted = {
+        (role.removeprefix("zt-demo-"), namespace, account, audience)
+        for role, properties in roles(issuer).items()
+        for namespace, account, audience in itertools.product(
+            namespaces, SERVICE_ACCOUNTS + STRANGERS, audiences
+        )
+        if trusts(trust(properties), issuer, f"system:serviceaccount:{namespace}:{account}", audience)
+    }
+
+    assert accepted == {(account, "zt-demo", account, "sts.amazonaws.com") for account in SERVICE_ACCOUNTS}
+
+
+@pytest.mark.parametrize("role", [f"zt-demo-{account}" for account in SERVICE_ACCOUNTS])
+def test_another_issuer_is_not_trusted(role: str) -> None:
+    subject = f"system:serviceaccount:zt-demo:{role.removeprefix('zt-demo-')}"
+    document = trust(roles(ISSUERS[0])[role])
+
+    assert trusts(document, ISSUERS[0], subject, "sts.amazonaws.com")
+    assert not trusts(document, ISSUERS[1], subject, "sts.amazonaws.com")
+
+
+@pytest.mark.parametrize("role", [f"zt-demo-{account}" for account in SERVICE_ACCOUNTS])
+def test_sub_and_aud_are_pinned_by_string_equals(role: str) -> None:
+    [statement] = trust(roles()[role])["Statement"]
+
+    assert statement["Action"] == "sts:AssumeRoleWithWebIdentity"
+    assert set(statement["Condition"]) == {"StringEquals"}
+    assert set(statement["Condition"]["StringEquals"]) == {f"{ISSUERS[0]}:sub", f"{ISSUERS[0]}:aud"}
+    assert "*" not in json.dumps(statement)
+
+
+def test_no_condition_key_is_left_unresolved() -> None:
+    documents = [trust(role) for role in roles().values()]
+    documents += [policy["PolicyDocument"] for role in roles().values() for policy in role["Policies"]]
+    documents += [key["KeyPolicy"] for key in resources("AWS::KMS::Key").values()]
+
+    assert documents
+    assert [fault for document in documents for fault in faults_in_conditions(document)] == []
+
+
+@pytest.mark.parametrize("key", ["${OidcIssuerHost}:sub", "Fn::Sub:sub", "<Ref>:sub"])
+def test_a_condition_key_written_as_a_mapping_key_would_be_found(key: str) -> None:
+    document = {"Statement": [{"Condition": {"StringEquals": {key: "x"}}}]}
+
+    assert faults_in_conditions(document) == [key]
+
+
+# -- permissions
+
+
+def statements(account: str) -> Iterator[dict[str, Any]]:
+    for policy in roles()[f"zt-demo-{account}"]["Policies"]:
+        yield from policy["PolicyDocument"]["Statement"]
+
+
+def secret_of(account: str) -> str:
+    """The logical name of the secret a service account reads."""
+    service, _, migrate = account.partition("-")
+    return f"{service.capitalize()}{'Owner' if migrate else 'Database'}Secret"
+
+
+@pytest.mark.parametrize("account", SERVICE_ACCOUNTS)
+def test_each_role_reads_its_own_secret_only(account: str) -> None:
+    reads, decrypts = statements(account)
+
+    assert reads["Effect"] == "Allow"
+    assert set(reads["Action"]) == {"secretsmanager:GetSecretValue", "secretsmanager:DescribeSecret"}
+    assert reads["Resource"] == f"<{secret_of(account)}.Id>"
+    assert decrypts["Effect"] == "Allow"
+    assert decrypts["Action"] == "kms:Decrypt"
+
+
+@pytest.mark.parametrize("account", SERVICE_ACCOUNTS)
+def test_each_role_decrypts_its_own_secret_only_and_only_through_secrets_manager(account: str) -> None:
+    _, decrypts = statements(account)
+
+    assert decrypts["Resource"] == "<SecretsKey.Arn>"
+    assert decrypts["Condition"] == {
+        "StringEquals": {
+            "kms:ViaService": "secretsmanager.eu-central-1.amazonaws.com",
+            "kms:EncryptionContext:SecretARN": f"<{secret_of(account)}.Id>",
+        }
+    }
+
+
+def test_roles_have_nothing_else() -> None:
+    assert set(roles()) == {f"zt-demo-{account}" for account in SERVICE_ACCOUNTS}
+    for role in roles().values():
+        assert "ManagedPolicyArns" not in role
+    kinds = {resource["Type"] for resource in load()["Resources"].values()}
+    assert not kinds & {
+        "AWS::IAM::Policy",
+        "AWS::IAM::ManagedPolicy",
+        "AWS::IAM::RolePolicy",
+        "AWS::IAM::User",
+    }
+
+
+# -- key and secrets
+
+
+def test_the_key_can_always_be_administered_and_is_used_in_secrets_manager_only() -> None:
+    [key] = resources("AWS::KMS::Key").values()
+    administers, uses = key["KeyPolicy"]["Statement"]
+
+    assert key["EnableKeyRotation"] is True
+    assert key["PendingWindowInDays"] == 30
+    for statement in (administers, uses):
+        assert statement["Principal"] == {"AWS": "arn:aws:iam::111122223333:root"}
+    assert "kms:PutKeyPolicy" in administers["Action"]
+    assert "Condition" not in administers
+    cryptographic = [
+        "kms:Decrypt",
+        "kms:Encrypt",
+        "kms:GenerateDataKey",
+        "kms:ReEncryptFrom",
+        "kms:CreateGrant",
+    ]
+    for action, pattern in itertools.product(cryptographic, administers["Action"]):
+        assert not fnmatch.fnmatchcase(action, pattern)
+    assert uses["Condition"]["StringEquals"] == {
+        "kms:ViaService": "secretsmanager.eu-central-1.amazonaws.com",
+        "kms:CallerAccount": "111122223333",
+    }
+
+
+def test_secrets_are_generated_and_encrypted_with_the_key() -> None:
+    found = {}
+    for secret in resources("AWS::SecretsManager::Secret").values():
+        assert secret["KmsKeyId"] == "<SecretsKey.Arn>"
+        assert "SecretString" not in secret
+        rules = secret["GenerateSecretString"]
+        assert rules["GenerateStringKey"] == "password"
+        assert rules["PasswordLength"] >= 32
+        found[secret["Name"]] = json.loads(rules["SecretStringTemplate"])
+
+    assert found == {
+        f"zt-demo/{service}/{name}": {
+            "engine": "postgres",
+            "host": f"{service}.db.example",
+            "port": 5432,
+            "dbname": service,
+            "username": f"{service}_{user}",
+        }
+        for service in ("orders", "payments")
+        for name, user in (("db", "app"), ("db-owner", "owner"))
+    }
+
+
+def test_the_outputs_hold_what_the_service_accounts_and_services_need() -> None:
+    outputs = {name: output["Value"] for name, output in load()["Outputs"].items()}
+
+    expected = {"SecretsKeyArn": ["SecretsKey", "Arn"]}
+    for service, which in itertools.product(("Orders", "Payments"), ("", "Migrate")):
+        expected[f"{service}{which}RoleArn"] = [f"{service}{which}Role", "Arn"]
+    for service, which in itertools.product(("Orders", "Payments"), ("Database", "Owner")):
+        expected[f"{service}{which}SecretArn"] = [f"{service}{which}Secret", "Id"]
+    assert outputs == {name: {"Fn::GetAtt": attribute} for name, attribute in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("host", "valid"),
+    [
+        ("oidc.eks.eu-central-1.amazonaws.com/id/0123456789ABCDEF", True),
+        ("oidc.zt.example/local", True),
+        ("oidc.zt.example", True),
+        ("https://oidc.zt.example", False),
+        ("oidc.zt.example/", False),
+        ('oidc.zt.example":"', False),
+        ("*", False),
+    ],
+)
+def test_the_issuer_host_is_written_without_scheme(host: str, valid: bool) -> None:
+    pattern = load()["Parameters"]["OidcIssuerHost"]["AllowedPattern"]
+
+    assert bool(re.fullmatch(pattern, host)) is valid
+
+
+def test_cfn_lint_finds_nothing() -> None:
+    found = lint(TEMPLATE.read_text(), config=ManualArgs(regions=["eu-central-1", "us-east-1"]))
+
+    assert [str(match) for match in found] == []
