@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI, Header, Response
+
 from frontend.__main__ import CONNECT_TIMEOUT
 from frontend.app import create_app
 from frontend.orders import Orders
 from frontend.settings import Settings
-
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.client import AsyncClient, hop
@@ -34,6 +34,7 @@ from ztmtls.source import StaticSource
 from ztmtls.testing.ca import CertificateAuthority
 
 PREFIX = "spiffe://zt.example/ns/zt-demo/sa/"
+SECRET_VERSION = "5f0c2a6e-7c0e-4b5e-9d2b-3f1a8c6d4e21"
 PRODUCTS = [
     {
         "sku": "lamp",
@@ -59,7 +60,7 @@ PRODUCTS = [
     {
         "sku": "mug",
         "name": "Enamel mug",
-        "description": "Survives the table’s edge.",
+        "description": "Survives a fall from the table.",
         "price": 1290,
         "currency": "EUR",
     },
@@ -77,7 +78,7 @@ class SmallChain:
     """Start with ``with``. `url` is the address of the pages.
 
     `payment` is what payments answers: ``paid``, ``declined``, ``pending`` (no answer in time) or
-    ``refused`` (a problem document). `silent` orders makes it fail every request.
+    ``refused`` (a problem document). With `orders_down` orders refuses every request.
     """
 
     def __init__(self, *, svid_ttl: float = 3600, products: list[dict[str, Any]] | None = None) -> None:
@@ -142,7 +143,10 @@ class SmallChain:
             self._loop.close()
 
     async def _main(self) -> None:
-        async with self._client("orders", "payments") as payments, self._client("frontend", "orders") as client:
+        async with (
+            self._client("orders", "payments") as payments,
+            self._client("frontend", "orders") as client,
+        ):
             self._orders = Orders(client, hop)
             self._new_frontend()
 
@@ -163,17 +167,17 @@ class SmallChain:
                     raise result
 
     def _new_frontend(self) -> None:
-        settings = Settings(
-            spiffe_endpoint_socket="unix:/nowhere",
-            spiffe_id=PREFIX + "frontend",
-            port=self.port,
-            probe_port=1,
-            mode="local",
-            orders_url=f"https://127.0.0.1:{self._ports['orders']}",
-            orders_spiffe_id=PREFIX + "orders",
-        )
+        settings: dict[str, Any] = {
+            "spiffe_endpoint_socket": "unix:/nowhere",
+            "spiffe_id": PREFIX + "frontend",
+            "port": self.port,
+            "probe_port": 1,
+            "mode": "local",
+            "orders_url": f"https://127.0.0.1:{self._ports['orders']}",
+            "orders_spiffe_id": PREFIX + "orders",
+        }
         self._frontend = create_app(
-            settings,
+            Settings(**settings),
             orders=self._orders,
             identity=lambda: self._sources["frontend"].status().as_dict(),
             audit=AuditLog("frontend"),
@@ -219,11 +223,16 @@ class SmallChain:
             "service": service,
             "identity": self._sources[service].status().as_dict(),
             "credentials": {
-                "state": "current",
+                "state": "serving",
                 "secret_id": f"zt-demo/{service}/db",
-                "version_id": "5f0c2a6e-7c0e-4b5e-9d2b-3f1a8c6d4e21",
-                "fetched_at": _now(),
+                "version": SECRET_VERSION,
+                "age_seconds": 41.2,
+                "last_error": None,
+                "detail": None,
+                "role_arn": f"arn:aws:iam::123456789012:role/zt-demo-{service}",
+                "source": "web identity",
             },
+            "database": _database(service),
         }
 
 
@@ -237,7 +246,7 @@ def _database(service: str) -> dict[str, Any]:
         "database": service,
         "user": f"{service}_app",
         "secret_id": f"zt-demo/{service}/db",
-        "secret_version": "5f0c2a6e-7c0e-4b5e-9d2b-3f1a8c6d4e21",
+        "secret_version": SECRET_VERSION,
         "tls_version": "TLSv1.3",
         "tls_cipher": "TLS_AES_256_GCM_SHA384",
     }
@@ -250,7 +259,7 @@ def _payments(chain: SmallChain) -> FastAPI:
     @app.post("/payments")
     async def charge(seen: Hop) -> dict[str, Any]:
         if chain.payment == "refused":
-            raise Problem(503, Reason.DATABASE_UNAVAILABLE, "The database did not answer")
+            raise Problem(403, Reason.ROUTE_NOT_ALLOWED, "Refused", "no rule lets orders use POST /payments")
         status = "declined" if chain.payment == "declined" else "charged"
         payment = {"id": str(uuid.uuid4()), "status": status}
         return {"payment": payment, "seen_by_callee": seen.as_dict(), "database": _database("payments")}
@@ -325,7 +334,13 @@ def _orders(chain: SmallChain, payments: httpx.AsyncClient) -> FastAPI:
             answer = await payments.post("/payments")
             if not answer.is_success:
                 problem = answer.json()
-                raise Problem(503, Reason(problem["reason"]), "payments could not charge", problem["detail"])
+                raise Problem(
+                    502,
+                    Reason(problem["reason"]),
+                    "The call to payments was refused",
+                    problem["detail"],
+                    downstream={"service": "payments", "reason": problem["reason"]},
+                )
             charged = answer.json()
             order["status"] = "paid" if charged["payment"]["status"] == "charged" else "declined"
             order["payment_id"] = charged["payment"]["id"]
@@ -349,7 +364,20 @@ def _orders(chain: SmallChain, payments: httpx.AsyncClient) -> FastAPI:
     async def status(seen: Hop) -> dict[str, Any]:
         up()
         answer = await payments.get("/status")
-        behind = answer.json() | {"seen_by_caller": hop(answer).as_dict()}
-        return chain.status_of("orders") | {"seen_by_callee": seen.as_dict(), "downstream": [behind]}
+        behind = answer.json()
+        link = {
+            "from": "orders",
+            "to": "payments",
+            "method": "GET",
+            "path": "/status",
+            "seen_by_caller": hop(answer).as_dict(),
+            "seen_by_callee": behind["seen_by_callee"],
+            "duration_ms": answer.elapsed.total_seconds() * 1000,
+        }
+        return chain.status_of("orders") | {
+            "seen_by_callee": seen.as_dict(),
+            "downstream": [behind],
+            "links": [link],
+        }
 
     return app

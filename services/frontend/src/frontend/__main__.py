@@ -7,6 +7,7 @@ import logging
 
 import httpx
 from pydantic_core import PydanticUndefined
+
 from ztmtls import logs
 from ztmtls.audit import AuditLog
 from ztmtls.client import AsyncClient, hop

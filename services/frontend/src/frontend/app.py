@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
+
 from ztmtls.audit import AuditLog
 from ztmtls.reasons import Reason, Refusal
 
@@ -200,7 +201,7 @@ def _json(content: dict[str, Any]) -> Response:
 def _failed(
     pages: Pages, request: Request, failure: OrdersFailure, *, retry: OrderForm | None = None
 ) -> Response:
-    context: dict[str, Any] = {"retry": retry} if retry else {}
+    context: dict[str, Any] = {"retry": retry} if retry and failure.order_id is None else {}
     if failure.status == 404:
         return pages.problem(
             request, 404, failure.reason, "There is no such order", failure.detail, **context
@@ -213,6 +214,7 @@ def _failed(
         failure.detail,
         hop=(failure.caller, failure.callee),
         unknown=failure.unknown,
+        order_id=failure.order_id,
         **context,
     )
 

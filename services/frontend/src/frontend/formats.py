@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import UTC, datetime, timedelta
 
 from markupsafe import Markup, escape
 
+APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 SYMBOLS = {"EUR": "€", "USD": "$", "GBP": "£"}
 
 
@@ -20,11 +22,22 @@ def money(minor: int, currency: str) -> str:
 
 
 def spiffe(text: str) -> Markup:
-    """Let a SPIFFE ID (or any path) break after its slashes and nowhere else."""
+    """Let a SPIFFE ID (or any path) break after its slashes: each segment is a unit of its own."""
     scheme, separator, rest = text.partition("://")
-    head, tail = (escape(scheme + separator), rest) if separator else (Markup(), text)
-    parts = [escape(part) for part in tail.split("/")]
-    return head + Markup("/<wbr>").join(parts)
+    head, tail = (scheme + separator, rest) if separator else ("", text)
+    segments = [part for part in re.split(r"(?<=/)", tail) if part]
+    units = [head, *segments] if head else segments
+    return Markup().join(Markup('<span class="seg">{}</span>').format(unit) for unit in units)
+
+
+def possessive(name: str) -> str:
+    """The possessive of `name`: with an apostrophe alone after an s."""
+    return name + (APOSTROPHE if name.endswith("s") else APOSTROPHE + "s")
+
+
+def prose(text: str) -> str:
+    """Typewriter apostrophes as printed ones."""
+    return text.replace("'", APOSTROPHE)
 
 
 def serial(text: str) -> Markup:
@@ -53,19 +66,17 @@ def rfc3339(moment: datetime) -> str:
 
 
 def span(seconds: float) -> str:
-    """A length of time in its largest fitting unit: ``48 s``, ``3 min 20 s``, ``2 h``, ``5 d``."""
+    """A length of time, short: ``48 s``, ``3:20`` (minutes and seconds), ``2 h``, ``5 d``."""
     whole = int(abs(seconds))
     if whole < 60:
         return f"{whole} s"
-    if whole < 600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 2 * 3600:
-        return f"{whole // 60} min"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
     return f"{whole // 3600} h" if whole < 48 * 3600 else f"{whole // 86400} d"
 
 
 def left(moment: datetime, at: datetime) -> str:
-    """What remains until `moment`, or how long ago it was: ``48 s left``, ``ended 3 min ago``."""
+    """What remains until `moment`, or how long ago it was: ``48 s left``, ``ended 3:20 ago``."""
     seconds = (moment - at) / timedelta(seconds=1)
     return f"{span(seconds)} left" if seconds > 0 else f"ended {span(seconds)} ago"
 
@@ -84,14 +95,12 @@ def glyph(text: str) -> Markup:
     speak of one certificate, and when it was replaced. It decorates; the numbers beside it are the proof.
     """
     digest = hashlib.sha256(text.encode()).digest()
-    cells = [
-        (column, row)
-        for row in range(5)
-        for column in range(5)
-        if digest[row * 3 + min(column, 4 - column)] & 1
-    ]
-    squares = "".join(f"M{column} {row}h1v1h-1z" for column, row in cells)
+    paths = ["", "", ""]  # nothing, half tone, full tone
+    for row in range(5):
+        for column in range(5):
+            tone = digest[row * 3 + min(column, 4 - column)] % 3
+            paths[tone] += f"M{column} {row}h1v1h-1z"
     return Markup(
         '<svg class="glyph" viewBox="0 0 5 5" aria-hidden="true" shape-rendering="crispEdges">'
-        '<path d="{}"/></svg>'
-    ).format(squares)
+        '<path d="{}" opacity=".4"/><path d="{}"/></svg>'
+    ).format(*paths[1:])

@@ -42,6 +42,7 @@ class Order(Model):
     total: int
     currency: str
     status: Literal["paid", "pending", "declined"]
+    reason: str | None = None
     payment_id: UUID | None = None
     created_at: AwareDatetime
 
@@ -98,11 +99,11 @@ class Link(Model):
 class DatabaseUse(Model):
     """Which database served a request, as which user, with which version of which secret."""
 
-    service: str
+    service: str = ""
     database: str
     user: str
     secret_id: str
-    secret_version: str
+    secret_version: str | None = None
     tls_version: str | None = None
     tls_cipher: str | None = None
 

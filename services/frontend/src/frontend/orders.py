@@ -10,6 +10,7 @@ from uuid import UUID
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
+
 from ztmtls.client import NoIdentityError, RefusedByServer, ServerRefused
 from ztmtls.hop import HopView
 from ztmtls.reasons import Reason
@@ -41,7 +42,8 @@ class OrdersFailure(Exception):
     """orders gave no usable answer.
 
     `status` is what we answer to the browser. `caller` and `callee` name the hop that failed. `unknown`
-    is True when the request may have been carried out although no answer came.
+    is True when the request may have been carried out although no answer came; `order_id` is set when
+    orders took the order but could not go on with it.
     """
 
     status: int
@@ -51,6 +53,7 @@ class OrdersFailure(Exception):
     caller: str = SERVICE
     callee: str = PEER
     unknown: bool = False
+    order_id: UUID | None = None
     errors: Sequence[FieldError] = field(default=())
 
     def __str__(self) -> str:
@@ -80,11 +83,13 @@ class Orders:
 
     async def products(self) -> tuple[Product, ...]:
         """What can be ordered."""
-        return _parse(_Products, await self._ask("GET", "/products")).products
+        response, _ = await self._ask("GET", "/products")
+        return _parse(_Products, response).products
 
     async def recent(self, limit: int = 8) -> tuple[Order, ...]:
         """The newest orders, newest first."""
-        return _parse(_Orders, await self._ask("GET", "/orders", params={"limit": limit})).orders
+        response, _ = await self._ask("GET", "/orders", params={"limit": limit})
+        return _parse(_Orders, response).orders
 
     async def place(self, items: Mapping[str, int], key: str) -> Placed:
         """Order `items` (quantity by SKU). With the same `key` the same order is placed at most once."""
@@ -97,9 +102,9 @@ class Orders:
 
     async def status(self) -> tuple[ServiceReport, Link]:
         """How orders and what lies behind it are, and the link of this very request."""
-        response = await self._ask("GET", "/status")
+        response, took = await self._ask("GET", "/status")
         report = _parse(ServiceReport, response)
-        return report, self._link(response, report.seen_by_callee)
+        return report, self._link(response, took, report.seen_by_callee)
 
     async def answered_recently(self) -> str | None:
         """Readiness: None when orders answered within the last seconds or does so now, else the reason."""
@@ -112,12 +117,12 @@ class Orders:
         return None
 
     async def _placed(self, method: str, path: str, **request: Any) -> Placed:
-        response = await self._ask(method, path, **request)
+        response, took = await self._ask(method, path, **request)
         placed = _parse(PlacedOrder, response)
         replayed = response.headers.get("Idempotency-Replayed") == "true"
-        return Placed(placed, self._link(response, placed.this_request), replayed)
+        return Placed(placed, self._link(response, took, placed.this_request), replayed)
 
-    def _link(self, response: httpx.Response, seen_by_callee: View | None) -> Link:
+    def _link(self, response: httpx.Response, took: float, seen_by_callee: View | None) -> Link:
         return Link(
             caller=SERVICE,
             callee=PEER,
@@ -125,17 +130,19 @@ class Orders:
             path=response.request.url.path,
             seen_by_caller=View.model_validate(self._hop(response).as_dict()),
             seen_by_callee=seen_by_callee,
-            duration_ms=response.elapsed.total_seconds() * 1000,
+            duration_ms=took,
         )
 
-    async def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+    async def _ask(self, method: str, path: str, **request: Any) -> tuple[httpx.Response, float]:
+        """The answer, and how many milliseconds it took."""
+        started = time.monotonic()
         try:
             response = await self._send(method, path, **request)
         except httpx.HTTPError as error:
             raise _unanswered(error) from error
         if response.is_success:
             self._answered_at = time.monotonic()
-            return response
+            return response, (self._answered_at - started) * 1000
         if response.status_code < 500:
             self._answered_at = time.monotonic()
         raise _refused(response)
@@ -206,6 +213,12 @@ def _refused(response: httpx.Response) -> OrdersFailure:
         document = {}
     if not isinstance(document, dict):
         document = {}
+    behind, order = document.get("downstream"), document.get("order")
+    try:
+        order_id = UUID(_text(order, "id")) if isinstance(order, dict) else None
+    except ValueError:
+        order_id = None
+    callee = _text(behind, "service") if isinstance(behind, dict) else ""
     try:
         errors = _FIELD_ERRORS.validate_python(document.get("errors", ()))
     except ValidationError:
@@ -215,9 +228,10 @@ def _refused(response: httpx.Response) -> OrdersFailure:
         _text(document, "reason") or Reason.HTTP_ERROR,
         _text(document, "title") or f"orders answered {status}",
         _text(document, "detail"),
-        caller=_text(document, "caller") or SERVICE,
-        callee=_text(document, "callee") or PEER,
-        unknown=status >= 500,
+        caller=PEER if callee else SERVICE,  # what orders could not do may be a hop further
+        callee=callee or PEER,
+        unknown=status >= 500 and order_id is None,
+        order_id=order_id,
         errors=errors,
     )
 

@@ -8,6 +8,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
+
 from ztmtls.fastapi import problem
 from ztmtls.reasons import Reason
 
@@ -38,8 +39,11 @@ class Pages:
             "duration": formats.duration,
             "glyph": formats.glyph,
             "left": formats.left,
+            "possessive": formats.possessive,
+            "prose": formats.prose,
             "rfc3339": formats.rfc3339,
             "serial": formats.serial,
+            "span": formats.span,
             "spiffe": formats.spiffe,
             "stamp": formats.stamp,
         }
@@ -92,7 +96,7 @@ class Pages:
             "problem.html",
             status=status,
             form="retry" in context,
-            **{"retry": None, "unknown": False, **context},
+            **{"retry": None, "unknown": False, "order_id": None, **context},
             code=status,
             reason=reason,
             title=title,

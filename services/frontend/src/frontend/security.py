@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from ztmtls.reasons import Reason, Refusal
 
 CONTENT_SECURITY_POLICY = "; ".join(

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
+
 from ztmtls.settings import Seconds, ServiceSettings, SpiffeIdSetting
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")

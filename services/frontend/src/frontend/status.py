@@ -9,7 +9,7 @@ from enum import StrEnum
 from pydantic import AwareDatetime
 
 from .evidence import Hop, Verdict
-from .models import Certificate, Link, Model, View
+from .models import Certificate, DatabaseUse, Link, Model, View
 
 
 class Health(StrEnum):
@@ -47,20 +47,19 @@ class IdentityReport(Model):
 
 
 class CredentialsReport(Model):
-    """How a service stands with its database secret."""
+    """How a service stands with its database secret (`RotatingSecret.status`)."""
 
-    state: str = "unknown"
-    reason: str | None = None
+    state: str
     secret_id: str | None = None
-    version_id: str | None = None
-    fetched_at: AwareDatetime | None = None
+    version: str | None = None
+    age_seconds: float | None = None
+    last_error: str | None = None
+    role_arn: str | None = None
 
     @property
     def health(self) -> Health:
-        """Whether the secret is at hand and fresh."""
-        if self.version_id is None:
-            return Health.BAD
-        return Health.WARN if self.reason else Health.OK
+        """Degraded still works, with the version that was fetched last."""
+        return {"serving": Health.OK, "degraded": Health.WARN}.get(self.state, Health.BAD)
 
 
 class ServiceReport(Model):
@@ -69,15 +68,23 @@ class ServiceReport(Model):
     service: str
     identity: IdentityReport | None = None
     credentials: CredentialsReport | None = None
-    seen_by_caller: View | None = None
+    database: DatabaseUse | None = None
     seen_by_callee: View | None = None
     reason: str | None = None
     downstream: tuple[ServiceReport, ...] = ()
+    links: tuple[Link, ...] = ()
 
     @property
     def health(self) -> Health:
         """The health of its identity; unknown when it told us nothing."""
         return self.identity.health if self.identity else Health.UNKNOWN
+
+    @property
+    def database_health(self) -> Health:
+        """Its credentials, and whether the database answers to them."""
+        if self.credentials is None:
+            return Health.UNKNOWN
+        return self.credentials.health if self.database else Health.BAD
 
 
 ServiceReport.model_rebuild()
@@ -129,9 +136,8 @@ class Overview:
 
     @property
     def databases(self) -> Health:
-        """Whether both database secrets are at hand."""
-        reports = (self.orders.credentials, self.payments.credentials)
-        healths = {report.health if report else Health.UNKNOWN for report in reports}
+        """Both databases: the worse of the two."""
+        healths = {self.orders.database_health, self.payments.database_health}
         order = (Health.BAD, Health.UNKNOWN, Health.WARN, Health.OK)
         return next(health for health in order if health in healths)
 
@@ -157,14 +163,7 @@ def overview(at: datetime, own: IdentityReport, answer: tuple[ServiceReport, Lin
         )
     orders, link = answer
     payments = next((r for r in orders.downstream if r.service == "payments"), payments)
-    second = Link(
-        caller="orders",
-        callee="payments",
-        method="GET",
-        path="/status",
-        seen_by_caller=payments.seen_by_caller,
-        seen_by_callee=payments.seen_by_callee,
-    )
+    second = next((hop for hop in orders.links if hop.callee == "payments"), None)
     fault = Fault(payments.reason) if payments.reason and payments.identity is None else None
     return Overview(
         at,
@@ -172,5 +171,5 @@ def overview(at: datetime, own: IdentityReport, answer: tuple[ServiceReport, Lin
         orders,
         payments,
         LiveHop("frontend", "orders", Hop(link)),
-        LiveHop("orders", "payments", None if fault else Hop(second), fault),
+        LiveHop("orders", "payments", Hop(second) if second and not fault else None, fault),
     )

@@ -8,8 +8,7 @@ const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 function span(seconds) {
   const whole = Math.floor(Math.abs(seconds));
   if (whole < 60) return `${whole} s`;
-  if (whole < 600) return `${Math.floor(whole / 60)} min ${String(whole % 60).padStart(2, "0")} s`;
-  if (whole < 2 * 3600) return `${Math.floor(whole / 60)} min`;
+  if (whole < 3600) return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
   return whole < 48 * 3600 ? `${Math.floor(whole / 3600)} h` : `${Math.floor(whole / 86400)} d`;
 }
 
@@ -50,7 +49,7 @@ function addCopyButtons(root = document) {
         button.replaceChildren(icon("copy"));
       }, 1600);
     });
-    element.append(button);
+    (element.querySelector(".seg:last-child") ?? element).append(button); // never alone on a line
   }
 }
 
