@@ -51,6 +51,7 @@ setup: $(READY) ## Make the Python environment (.venv); the others do it too
 
 .PHONY: test
 test: setup ## Run every test
+	@.venv/bin/ztdev prepare
 	@exec .venv/bin/pytest tests $(ARGS)
 
 .PHONY: check

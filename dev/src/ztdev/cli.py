@@ -24,6 +24,7 @@ from rich.markup import escape
 from .chain import chain_tree
 from .console import Progress, make_console, print_error, process_table
 from .errors import ExitStatus, NotReady, NotRunning, StackError
+from .events import Steps
 from .logfile import LogFile
 from .logview import readable
 from .options import SERVICES, StackOptions
@@ -91,6 +92,7 @@ def up(
     ] = "info",
 ) -> None:
     """Run the stack here until Ctrl-C (a second one hurries), or with --detach in the background."""
+    _forget_aws_settings()
     console = make_console()
     ports = _ports(use_port or [])
     if port is not None:
@@ -478,6 +480,7 @@ def demo(
     """
     from .demo import run_demo
 
+    _forget_aws_settings()
     console = make_console()
     folder = Path(tempfile.mkdtemp(prefix="zt-demo-"))
     progress = Progress(console)
@@ -494,10 +497,32 @@ def demo(
         raise typer.Exit(status)
 
 
+@app.command()
+def prepare() -> None:
+    """Install and unpack now what a first start would, so that the next one is quick."""
+    from .aws.environment import ensure_environment
+
+    console = make_console()
+    progress = Progress(console)
+    steps = Steps(progress)
+    tools = StackOptions().tools_dir
+    with steps.step("environment of the local AWS") as detail:
+        asyncio.run(ensure_environment(tools / "aws-env", steps.notice))
+        detail.text = str(tools / "aws-env")
+    progress.close()
+
+
 def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_aws_settings() -> None:
+    """This process speaks to the stand-in for AWS only, by keys of its own. A profile or an endpoint that the
+    shell names is meant for the real one: boto3 would look it up, and fail or mix them."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
 
 
 def _running(state: Path | None) -> tuple[StateDirectory, dict[str, Any]]:

@@ -36,8 +36,6 @@ class Progress:
         match event:
             case Step(name, "begin"):
                 self._under_way.append(name)
-                if not self._console.is_terminal:
-                    self._print(f"  [dim]… {escape(name)}[/]" if self._ok == "✓" else f"  ... {escape(name)}")
             case Step(name, phase, seconds, detail):
                 if name in self._under_way:
                     self._under_way.remove(name)

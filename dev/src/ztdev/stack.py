@@ -208,8 +208,8 @@ class Stack:
             for name in await self.state.end_leftovers():
                 self._steps.notice(f"ended what an earlier run had left: {name}", "warning")
             self.ports = resolve_ports(self.options.ports, free=self.options.free_ports)
-            refuse_taken_ports(self.ports)
             self.urls = _urls(self.ports)
+            refuse_taken_ports(self.ports)
             detail.text = str(self.state.path)
             self._save()
         await _together(self._start_identity(), self._start_cloud(), self._start_database())
@@ -506,6 +506,8 @@ class Stack:
 
     def _save(self) -> None:
         """For `status`, `down` and the next `up`. A full disk must not end what runs."""
+        if not self.state.locked:
+            return  # it belongs to another stack
         own = ProcessRef.of(os.getpid())
         data: dict[str, Any] = {
             "phase": self._phase,

@@ -92,6 +92,11 @@ class StateDirectory:
             ) from None
         self._lock = descriptor
 
+    @property
+    def locked(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._lock is not None
+
     def unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
