@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from ztdev.logfile import MAX_LINE, LogFile
 from ztdev.logview import readable
 

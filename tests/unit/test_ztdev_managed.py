@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+
 from ztdev.errors import NotReady
 from ztdev.logfile import LogFile
 from ztdev.managed import ManagedProcess, ProcessSpec, ProcessState, base_environment, describe_exit

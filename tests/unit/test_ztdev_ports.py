@@ -6,6 +6,7 @@ import os
 import socket
 
 import pytest
+
 from ztdev.errors import PortInUse, StackError
 from ztdev.ports import Ports, choose_free_ports, refuse_taken_ports, resolve_ports
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+
 from ztdev.processes import ProcessRef, end_processes, port_is_free, port_owner, wait_gone
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]

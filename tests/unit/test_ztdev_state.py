@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ztdev.errors import AlreadyRunning, DiskFull, ProgramMissing, StateUnusable, explain_os_error
 from ztdev.processes import ProcessRef
 from ztdev.state import SOCKET_PATH_MAX, StateDirectory, default_state_directory
