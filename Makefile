@@ -14,8 +14,7 @@ ARGS ?=
 PORT ?=
 STATE ?=
 
-# uv makes the environment from uv.lock. One that is installed is used; else pip brings one into .tools/uv.
-UV_VERSION := 0.13.9
+# uv makes the environment from uv.lock. One that is installed is used; else dev/get-uv brings the locked one.
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 # Nothing of the caller's Python environment gets into ours.
@@ -68,7 +67,7 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .tools/uv/bin/uv:
-	@dev/get-uv $(UV_VERSION) .tools/uv
+	@python3 dev/get-uv .tools/uv
 
 $(READY): $(MANIFESTS) | $(filter .tools/%,$(UV))
 	@echo "Making the Python environment in .venv (from uv.lock) ..."
