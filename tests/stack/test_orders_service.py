@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import secrets
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -40,6 +43,7 @@ from payments.database import Database as PaymentsDatabase
 from payments.ledger import Ledger
 from payments.settings import PACKAGED_POLICY as PAYMENTS_POLICY
 from ztdev.postgres import PostgresServer
+from ztdev.stack import BackgroundProcess, BackgroundStack
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy, load_policy
 from ztmtls.client import AsyncClient
@@ -304,7 +308,7 @@ async def served(app: Any, source: StaticSource, policy: Policy, audit: io.Strin
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
+async def open_shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
     with bind("127.0.0.1", 0, "PORT") as free:
         port = int(free.getsockname()[1])
     roles = [f"{name}_{role}" for name in ("orders", "payments") for role in ("app", "owner")]
@@ -321,10 +325,12 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
             yield shop
 
 
-@pytest.fixture(autouse=True)
-def _no_trouble(shop: Shop) -> None:
-    shop.mischief.trouble, shop.mischief.times = None, 0
-    shop.wire.away = shop.wire.cut_next_request = False
+@pytest.fixture
+def shop(open_shop: Shop) -> Shop:
+    """The shop, with nothing left of another test's trouble."""
+    open_shop.mischief.trouble, open_shop.mischief.times = None, 0
+    open_shop.wire.away = open_shop.wire.cut_next_request = False
+    return open_shop
 
 
 # --- the plain case -----------------------------------------------------------------------------------
@@ -766,3 +772,173 @@ async def test_every_order_is_paid_as_often_as_it_says(shop: Shop) -> None:
     assert len(paid) > 10
     charges = await shop.sql("payments", "SELECT order_id, amount, id FROM charges")
     assert sorted(paid) == sorted(charges)
+
+
+# --- as processes of the whole stack ------------------------------------------------------------------
+
+
+class Chain:
+    """The running stack, called as frontend calls it."""
+
+    def __init__(self, stack: BackgroundStack) -> None:
+        self.stack = stack
+        self.source = StaticSource(stack.ca.context(stack.ca.issue(FRONTEND)))
+
+    async def place(self, key: str) -> httpx.Response:
+        async with AsyncClient(
+            self.source, peer=ORDERS, base_url=self.stack.urls.orders, timeout=30
+        ) as client:
+            return await client.post("/orders", json=ONE_MUG, headers={"Idempotency-Key": key})
+
+    async def sql(self, database: str, *statements: str) -> list[Any]:
+        """Run statements as the administrator; the rows of the last."""
+
+        async def run() -> list[Any]:
+            async with self.stack.postgres.administrator(database) as connection:
+                for statement in statements:
+                    cursor = await connection.execute(statement.encode())
+                return await cursor.fetchall() if cursor.description else []
+
+        return await self.stack.arun(run())
+
+    async def order_of(self, key: str) -> tuple[str, str]:
+        """Id and status of the order that `key` placed."""
+        rows = await self.sql("orders", f"SELECT id, status FROM orders WHERE idempotency_key = '{key}'")
+        return str(rows[0][0]), rows[0][1]
+
+    async def charges(self, key: str) -> list[Any]:
+        order_id, _ = await self.order_of(key)
+        return await self.sql("payments", f"SELECT amount FROM charges WHERE order_id = '{order_id}'")
+
+    @asynccontextmanager
+    async def charging_is_held(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Let no charge get through; yields a wait until one is held. Goes on at the end of the block."""
+        holding, release = threading.Event(), threading.Event()
+
+        async def hold() -> None:
+            async with self.stack.postgres.administrator("payments") as connection, connection.transaction():
+                await connection.execute("LOCK TABLE charges IN ACCESS EXCLUSIVE MODE")
+                holding.set()
+                await asyncio.to_thread(release.wait, DEADLINE)
+
+        async def until_held() -> None:
+            query = "SELECT count(*) FROM pg_locks WHERE relation = 'charges'::regclass AND NOT granted"
+            await until(lambda: self.sql("payments", query), [(1,)])
+
+        held = asyncio.create_task(self.stack.arun(hold()))
+        try:
+            await asyncio.to_thread(holding.wait, DEADLINE)
+            yield until_held
+        finally:
+            release.set()
+            await held
+
+    async def probe(self, service: str, path: str) -> httpx.Response:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return await client.get(self.stack.urls.probes[service] + path)
+
+
+async def until(ask: Callable[[], Awaitable[Any]], wanted: Any, timeout: float = DEADLINE) -> None:
+    """Ask until the answer is `wanted`."""
+    answer = None
+    try:
+        async with asyncio.timeout(timeout):
+            while (answer := await ask()) != wanted:
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise AssertionError(f"still {answer!r} after {timeout:g} s, not {wanted!r}") from None
+
+
+@pytest.fixture
+def chain(stack: BackgroundStack) -> Chain:
+    return Chain(stack)
+
+
+async def test_an_order_in_flight_at_sigterm_is_finished(chain: Chain) -> None:
+    assert (await chain.place("sigterm-before")).status_code == 201
+    process = chain.stack.process("orders")
+    pid = process.pid
+    assert pid is not None
+    async with chain.charging_is_held() as until_held:
+        placing = asyncio.create_task(chain.place("sigterm"))
+        await until_held()
+        os.kill(pid, signal.SIGTERM)
+
+    answer = await placing
+
+    assert (answer.status_code, answer.json()["order"]["status"]) == (201, "paid")
+    assert await chain.charges("sigterm") == [(1800,)]
+    await until(lambda: _pid_changed(process, pid), True)
+    await asyncio.to_thread(process.wait_ready)
+
+
+async def test_payments_killed_in_the_middle_charges_once(chain: Chain) -> None:
+    assert (await chain.place("killed-before")).status_code == 201
+    process = chain.stack.process("payments")
+    pid = process.pid
+    async with chain.charging_is_held() as until_held:
+        placing = asyncio.create_task(chain.place("killed"))
+        await until_held()
+        process.kill()
+
+    answer = await placing
+    await until(lambda: _pid_changed(process, pid), True)
+    await asyncio.to_thread(process.wait_ready)
+
+    assert answer.status_code in (201, 202)
+    assert (await chain.place("killed")).json()["order"]["status"] == "paid"
+    assert await chain.charges("killed") == [(1800,)]
+
+
+async def test_orders_killed_in_the_middle_is_settled_by_its_successor(chain: Chain) -> None:
+    assert (await chain.place("successor-before")).status_code == 201
+    process = chain.stack.process("orders")
+    pid = process.pid
+    async with chain.charging_is_held() as until_held:
+        placing = asyncio.create_task(chain.place("successor"))
+        await until_held()
+        process.kill()
+        with pytest.raises(httpx.TransportError):
+            await placing
+        assert (await chain.order_of("successor"))[1] == "pending"
+    await until(lambda: _pid_changed(process, pid), True)
+    await asyncio.to_thread(process.wait_ready)
+    await chain.sql("orders", "UPDATE orders SET next_attempt_at = now() WHERE status = 'pending'")
+
+    async def status() -> str:
+        return (await chain.order_of("successor"))[1]
+
+    await until(status, "paid")
+    assert await chain.charges("successor") == [(1800,)]
+
+
+async def test_without_its_database_orders_is_alive_and_not_ready(chain: Chain) -> None:
+    async def database() -> str:
+        checks: dict[str, str] = (await chain.probe("orders", "/readyz")).json()["checks"]
+        return checks["database"]
+
+    await until(database, "ok")
+    process = chain.stack.process("orders")
+    pid = process.pid
+    try:
+        await chain.sql(
+            "postgres",
+            "ALTER DATABASE orders ALLOW_CONNECTIONS false",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'orders'",
+        )
+        await until(database, "database_unavailable")
+        assert (await chain.probe("orders", "/readyz")).status_code == 503
+        assert (await chain.probe("orders", "/livez")).status_code == 200
+        assert (await chain.probe("payments", "/readyz")).status_code == 200
+        answer = await chain.place("no-database")
+        assert (answer.status_code, answer.json()["reason"]) == (503, "database_unavailable")
+    finally:
+        await chain.sql("postgres", "ALTER DATABASE orders ALLOW_CONNECTIONS true")
+
+    await until(database, "ok")
+    assert process.pid == pid
+    assert (await chain.place("no-database")).status_code == 201
+
+
+async def _pid_changed(process: BackgroundProcess, before: int | None) -> bool:
+    return process.pid not in (None, before)
