@@ -90,6 +90,12 @@ function setUpGoods(form) {
     }
     input.addEventListener("input", add);
     input.addEventListener("focus", () => input.select());
+    input.addEventListener("keydown", (event) => {
+      const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      step(input, by);
+    });
   }
   form.querySelector("[data-static]").hidden = true;
   total.hidden = false;
