@@ -23,6 +23,9 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 #: Written last: a directory without it is half made.
 _MARKER = "zt-complete"
 
+#: Raised when environments are made in another way.
+_RECIPE = 2
+
 _TIMEOUT = 900.0
 
 Progress = Callable[[str], None]
@@ -81,7 +84,7 @@ async def ensure_environment(directory: Path, progress: Progress) -> Path:
 def _key() -> str:
     """What the environment depends on. A new Python patch release does not matter, a minor one does."""
     version = f"{sys.implementation.name}-{sys.version_info.major}.{sys.version_info.minor}"
-    return f"{version} {hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()}\n"
+    return f"{_RECIPE} {version} {hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()}\n"
 
 
 def _is_complete(directory: Path, key: str, python: Path) -> bool:
@@ -94,8 +97,8 @@ def _is_complete(directory: Path, key: str, python: Path) -> bool:
 
 async def _make(directory: Path, key: str, progress: Progress) -> None:
     uv = find_uv()
+    progress("making the environment of the local AWS (once; about 85 MB)")
     await asyncio.to_thread(_clear, directory)
-    progress("making the environment of the local AWS (once; about 60 MB)")
     await _run(uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(directory))
     progress("installing the local AWS (ministack, pinned by hash)")
     await _run(
@@ -106,6 +109,7 @@ async def _make(directory: Path, key: str, progress: Progress) -> None:
         "--python",
         str(directory / "bin" / "python"),
         "--require-hashes",
+        "--compile-bytecode",  # or each start would compile ministack anew
         "--requirements",
         str(REQUIREMENTS),
     )

@@ -239,7 +239,11 @@ async def _refuse(send: Send, refusal: NotServed, headers: dict[bytes, bytes]) -
         {
             "type": "http.response.start",
             "status": refusal.status,
-            "headers": [(b"content-type", kind), (b"content-length", str(len(content)).encode())],
+            "headers": [
+                (b"content-type", kind),
+                (b"content-length", str(len(content)).encode()),
+                (b"x-amzn-errortype", refusal.code.encode()),
+            ],
         }
     )
     await send({"type": "http.response.body", "body": content})
