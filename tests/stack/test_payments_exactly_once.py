@@ -73,9 +73,11 @@ class Bank:
         self.target = DatabaseTarget("127.0.0.1", server.port, "payments", server.ca_file)
 
     @asynccontextmanager
-    async def replica(self, caller: str = ORDERS) -> AsyncIterator[httpx.AsyncClient]:
+    async def replica(
+        self, caller: str = ORDERS, *, secret: FixedSecret | None = None
+    ) -> AsyncIterator[httpx.AsyncClient]:
         """A replica of payments with a pool of its own, and a client that `caller` uses."""
-        engine = create_engine(self.app_secret, self.target, pool_size=10, max_overflow=10)
+        engine = create_engine(secret or self.app_secret, self.target, pool_size=10, max_overflow=10)
         try:
             app = create_app(Ledger(Database(engine), LIMIT), _no_status)
             async with _client(app, caller) as client:
@@ -518,6 +520,22 @@ async def test_the_application_role_cannot(bank: Bank, statement: str, refused_a
         assert isinstance(getattr(failure.value, "orig", None), refused_as)
     finally:
         await engine.dispose()
+
+
+async def test_the_twin_login_has_the_same_rights(bank: Bank) -> None:
+    twin = FixedSecret("payments_app_clone", secrets.token_urlsafe())
+    await bank.server.set_password("payments_app_clone", twin.current.fields["password"])
+    async with bank.replica() as before, bank.replica(secret=twin) as after:
+        payment_id = await _paid(before, 1000)
+
+        refund = await after.post(
+            f"/payments/{payment_id}/refunds", json={"amount": 1000}, headers=_key("by-the-twin")
+        )
+
+        assert (refund.status_code, refund.json()["database"]["user"]) == (201, "payments_app_clone")
+        assert await bank.sql(
+            "SELECT amount, booked_by FROM entries WHERE charge_id = %s ORDER BY id", UUID(payment_id)
+        ) == [(1000, "payments_app"), (-1000, "payments_app_clone")]
 
 
 async def test_not_even_the_owner_rewrites_the_ledger(bank: Bank) -> None:

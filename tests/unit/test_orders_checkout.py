@@ -140,7 +140,17 @@ async def test_settling_takes_only_what_is_certain() -> None:
     assert await checkout.settle_due() == 2
 
     assert orders.calls == ["take_due", "paid"]
-    assert [order.status for order in orders.orders.values()] == ["pending", "paid"]
+    assert sorted(order.status for order in orders.orders.values()) == ["paid", "pending"]
+
+
+async def test_one_order_that_fails_to_settle_holds_up_no_other() -> None:
+    checkout, orders, _ = _checkout(UNKNOWN, UNKNOWN, cast(Outcome, None), CHARGED)
+    for key in ("one", "two"):
+        await _place(checkout, key)
+
+    assert await checkout.settle_due() == 2
+
+    assert sorted(order.status for order in orders.orders.values()) == ["paid", "pending"]
 
 
 async def test_the_reconciler_survives_failures() -> None:

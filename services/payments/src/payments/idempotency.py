@@ -12,9 +12,7 @@ from fastapi import Depends, Path, Request
 from ztmtls.fastapi import Problem
 from ztmtls.reasons import Reason
 
-KEY_PATTERN = r"^[A-Za-z0-9._~-]{1,128}$"
-
-_KEY = re.compile(KEY_PATTERN.strip("^$"))
+_KEY = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
 
 def _key_header(request: Request) -> str:
@@ -39,7 +37,7 @@ def _key_header(request: Request) -> str:
 IdempotencyKey = Annotated[str, Depends(_key_header)]
 """The request's Idempotency-Key, or a 400 problem. Checked before the body is."""
 
-KeyInPath = Annotated[str, Path(pattern=KEY_PATTERN)]
+KeyInPath = Annotated[str, Path(pattern=f"^{_KEY.pattern}$")]
 
 
 def fingerprint(action: str, fields: dict[str, Any]) -> str:
