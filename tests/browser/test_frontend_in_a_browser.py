@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
-from playwright.sync_api import Page, Request, Route, expect
+from playwright.sync_api import Page, Request, expect
 
 from .conftest import OpenPage
 from .shop import OrderPage, Shop, assert_no_sideways_scroll, assert_readable, assert_whole_chain
@@ -269,6 +273,30 @@ def test_paper_shows_the_proof_without_the_frame(page: Page, chain: SmallChain) 
     expect(page.locator(".hop .card").nth(1)).to_be_visible()
 
 
+@contextmanager
+def other_site(body: str) -> Iterator[str]:
+    """A site of somebody else's on this machine, with one page."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<!doctype html><link rel=icon href=data:,>{body}".encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 # --- the door, by a real browser ------------------------------------------------------------------------
 
 
@@ -284,18 +312,12 @@ def test_the_browser_names_the_page_a_form_comes_from(page: Page, chain: SmallCh
 def test_a_form_on_another_site_orders_nothing(page: Page, chain: SmallChain) -> None:
     Shop(page, chain.url).open().choose(lamp=1).place()  # this browser has the cookie, and may order
     before = len(chain.placed)
-
-    def evil(route: Route) -> None:
-        route.fulfill(
-            content_type="text/html",
-            body=f"""<form method="post" action="{chain.url}/orders">
-              <input name="quantity.lamp" value="99"><input name="key" value="stolen">
-              <input name="csrf" value="guess"><button>Win a prize</button></form>""",
-        )
-
-    page.route("http://prizes.example/", evil)
-    page.goto("http://prizes.example/")
-    page.get_by_role("button").click()
+    form = f"""<form method="post" action="{chain.url}/orders">
+      <input name="quantity.lamp" value="99"><input name="key" value="stolen">
+      <input name="csrf" value="guess"><button>Win a prize</button></form>"""
+    with other_site(form) as address:
+        page.goto(address)
+        page.get_by_role("button").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("This form was refused")
     expect(page.get_by_text("csrf_failed")).to_be_visible()
     assert len(chain.placed) == before
@@ -305,12 +327,11 @@ def test_the_pages_cannot_be_framed(open_page: OpenPage, chain: SmallChain) -> N
     page = open_page(watched=False)
     Shop(page, chain.url).open()
     expect(page.get_by_role("heading", level=1)).to_be_visible()
-    page.route(
-        "http://prizes.example/",
-        lambda route: route.fulfill(content_type="text/html", body=f'<iframe src="{chain.url}/"></iframe>'),
-    )
-    with page.expect_console_message(lambda message: "frame-ancestors" in message.text):
-        page.goto("http://prizes.example/")
+    with (
+        other_site(f'<iframe src="{chain.url}/"></iframe>') as address,
+        page.expect_console_message(lambda message: "frame-ancestors" in message.text),
+    ):
+        page.goto(address)
     expect(page.frame_locator("iframe").get_by_role("heading", level=1)).to_have_count(0)
 
 

@@ -332,13 +332,19 @@ async def test_the_form_works_without_recent_orders_and_status(
     assert "frontend → orders does not work now: dependency_unavailable" in text
 
 
-async def test_a_connection_closed_under_us_is_tried_once_more(
-    browser: Browser, orders: ScriptedOrders
-) -> None:
-    orders.answers["POST", "/orders"] = [
+@pytest.mark.parametrize(
+    "first",
+    [
         httpx.RemoteProtocolError("server disconnected"),
-        httpx.Response(201, json=placed()),
-    ]
+        httpx.ConnectTimeout("server disconnected"),
+        problem(401, "expired"),
+    ],
+    ids=["closed", "closed under aiohttp", "expired"],
+)
+async def test_a_connection_at_its_end_is_replaced_once(
+    browser: Browser, orders: ScriptedOrders, first: httpx.Response | Exception
+) -> None:
+    orders.answers["POST", "/orders"] = [first, httpx.Response(201, json=placed())]
     assert (await browser.order(lamp=1)).status_code == 303
     keys = {request.headers["idempotency-key"] for request in orders.asked("POST", "/orders")}
     assert len(keys) == 1

@@ -148,15 +148,21 @@ class Orders:
         raise _refused(response)
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Send it, and once more on a fresh connection when the one we kept had come to its end.
+
+        That happens as certificates rotate: the connection is closed as we use it (which aiohttp's
+        transport may report as ConnectTimeout), or answers 401. Reads are safe to repeat, and so is
+        placing an order, by its key.
+        """
         try:
-            return await self._client.request(method, path, **request)
+            response = await self._client.request(method, path, **request)
         except (ServerRefused, RefusedByServer, NoIdentityError):
-            raise  # nothing a second connection would change
+            raise  # nothing that a second connection would change
         except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout):
-            # A kept connection was closed as we used it: it happens when a certificate rotates. (aiohttp's
-            # transport reports that as ConnectTimeout.) Once more on a fresh one. Reads are safe to
-            # repeat, and so is placing an order, by its key.
             return await self._client.request(method, path, **request)
+        if response.status_code == 401:
+            return await self._client.request(method, path, **request)
+        return response
 
 
 def _parse(model: type[M], response: httpx.Response) -> M:
