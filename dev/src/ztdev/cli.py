@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .chain import chain_tree
-from .console import Progress, make_console, print_error, process_table
+from .console import Progress, make_console, print_error, process_table, program_name
 from .errors import ExitStatus, NotReady, NotRunning, StackError
 from .events import Steps
 from .logfile import LogFile
@@ -39,17 +39,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""The Zero Trust demo on one machine.
-
-    Three services over SPIFFE mutual TLS, a Workload API, PostgreSQL and a stand-in for AWS, run by one
-    supervisor and stopped without a trace.""",
-    epilog="""Exit status: 0 well; 1 failed; 2 wrong use; 3 not running; 4 already running; 5 port in use;
-    6 state directory unusable; 7 disk full; 8 something is not installed; 130 interrupted.""",
+    help=(
+        "The Zero Trust demo on one machine: three services over SPIFFE mutual TLS, a Workload API, "
+        "PostgreSQL and a stand-in for AWS, run by one supervisor and stopped without a trace."
+    ),
+    epilog=(
+        "Exit status: 0 well; 1 failed; 2 wrong use; 3 not running; 4 already running; 5 port in use; "
+        "6 state directory unusable; 7 disk full; 8 something is not installed; 130 interrupted."
+    ),
 )
 
 StateOption = Annotated[
     Path | None,
-    typer.Option("--state", metavar="DIR", help="State directory. [default: $ZTDEV_STATE, else .zt]"),
+    typer.Option("--state", metavar="DIR", help="State directory. (default: $ZTDEV_STATE, else .zt)"),
 ]
 
 
@@ -60,7 +62,7 @@ StateOption = Annotated[
 def up(
     state: StateOption = None,
     port: Annotated[
-        int | None, typer.Option("--port", metavar="N", help="Port of the page. [default: 8080]")
+        int | None, typer.Option("--port", metavar="N", help="Port of the page. (default: 8080)")
     ] = None,
     use_port: Annotated[
         list[str] | None,
@@ -163,8 +165,9 @@ def _print_ready(
     console.print(process_table([*processes, own]), soft_wrap=True)
     where = "" if state.path == default_state_directory().absolute() else f" --state {state.path}"
     console.print(
-        f"\nLogs are in {escape(str(state.logs))}. In another terminal: "
-        f"ztdev status{where}, ztdev order{where}, ztdev logs -f{where}. Ctrl-C stops.\n",
+        f"\nLogs are in {escape(str(state.logs))}. In another terminal:\n"
+        + "".join(f"  {program_name()} {command}{where}\n" for command in ("status", "order", "logs -f"))
+        + "Ctrl-C stops.\n",
         soft_wrap=True,
     )
 
@@ -298,7 +301,7 @@ def _print_status(console: Console, data: dict[str, Any], processes: list[dict[s
         text = process["state"]
         own = process.get("identity_status") or {}
         if process["ready"] and own.get("seconds_left") is not None:
-            text += f", SVID {own.get('state', '')} for {own['seconds_left']:.0f} s more"
+            text += f", SVID valid for {own['seconds_left']:.0f} s more"
         if process["restarts"]:
             text += f", restarted {process['restarts']} times"
         states[process["name"]] = text
@@ -363,9 +366,7 @@ def _has_leftovers(directory: StateDirectory) -> bool:
 def logs(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...", help="Whose: frontend, orders, payments, identity, … [default: all]"
-        ),
+        typer.Argument(metavar="NAME", help="Whose: frontend, orders, payments, identity, … (default: all)"),
     ] = None,
     state: StateOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
@@ -439,11 +440,11 @@ class _Tail:
 def order(
     items: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SKU=QUANTITY]...", help="What to order. [default: one of the first thing]"),
+        typer.Argument(metavar="SKU=QUANTITY", help="What to order. (default: one of the first thing)"),
     ] = None,
     state: StateOption = None,
     url: Annotated[
-        str | None, typer.Option("--url", help="The page's address. [default: that of the running stack]")
+        str | None, typer.Option("--url", help="The page's address. (default: that of the running stack)")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="The order and its chain as one JSON document.")

@@ -3,13 +3,16 @@ NO_COLOR."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from .events import Event, Notice, Step
 
@@ -28,7 +31,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._under_way: list[str] = []
-        self._status: Status | None = None
+        self._live: Live | None = None
         fancy = (console.encoding or "").lower().startswith("utf")
         self._ok, self._bad, self._note = ("✓", "✗", "•") if fancy else ("+", "x", "*")
 
@@ -59,16 +62,15 @@ class Progress:
         if not self._console.is_terminal:
             return
         if not self._under_way:
-            if self._status is not None:
-                self._status.stop()
-                self._status = None
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
             return
-        text = "[dim]" + escape(", ".join(self._under_way)) + " …[/]"
-        if self._status is None:
-            self._status = self._console.status(text, spinner="dots")
-            self._status.start()
-        else:
-            self._status.update(text)
+        if self._live is None:
+            # Drawn when something happens, not by a thread of its own: that one would draw between our lines.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(Text(f"  … {', '.join(self._under_way)}", style="dim"), refresh=True)
 
 
 def process_table(processes: list[dict[str, Any]], *, ready: dict[str, str] | None = None) -> Table:
@@ -97,9 +99,18 @@ def process_table(processes: list[dict[str, Any]], *, ready: dict[str, str] | No
 
 def print_error(text: str) -> None:
     """An error for the person at the keyboard, on standard error."""
-    console = make_console(stderr=True)
-    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    advice = text.replace("`ztdev ", f"`{program_name()} ")
+    make_console(stderr=True).print(f"[bold red]error:[/] {escape(advice)}", soft_wrap=True)
 
 
-def is_interactive() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+def program_name() -> str:
+    """How this person calls this program: `ztdev` when that is on the PATH, else the way to it."""
+    if shutil.which("ztdev"):
+        return "ztdev"
+    program = Path(sys.prefix) / "bin" / "ztdev"
+    if not program.exists():
+        return f"{sys.executable} -m ztdev"
+    try:
+        return str(program.relative_to(Path.cwd()))
+    except ValueError:
+        return str(program)

@@ -37,6 +37,11 @@ def readable(line: str) -> str:
         if data.get("detail"):
             words.append(f"({data['detail']})")
         return _printable(" ".join(words))
+    if data.get("log") == "identity":
+        words = [moment, "identity", str(data.get("event", "")), str(data.get("decision", ""))]
+        words += [str(data[name]) for name in ("workload", "id", "detail") if data.get(name)]
+        words += [f"{name} {data[name]}" for name in ("serial", "not_after") if data.get(name)]
+        return _printable(" ".join(word for word in words if word))
     text = f"{moment} {data.get('level', '')!s:7} {data.get('logger', '')}: {data.get('message', '')}"
     if data.get("exception"):
         text += "\n" + str(data["exception"])

@@ -281,7 +281,12 @@ class ManagedProcess:
     async def _copy_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         while data := await process.stdout.read(65536):
+            before = self.log.dropped
             self.log.feed(data)
+            if self.log.dropped and not before:
+                self._notice(
+                    f"{self.log.path} cannot be written (is the disk full?): lines of {self.name} are lost"
+                )
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:

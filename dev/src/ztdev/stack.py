@@ -39,7 +39,7 @@ from ztmtls.testing import Attestation, CertificateAuthority, RotationEvent, Wor
 
 from .aws.cloud import DatabaseAddress, LocalCloud
 from .aws.issuer import OidcIssuer, TokenFile
-from .errors import StackError, explain_os_error
+from .errors import ProgramMissing, StackError, explain_os_error
 from .events import Steps
 from .logfile import LogFile
 from .logview import is_audit, parse_line
@@ -202,6 +202,8 @@ class Stack:
             raise cause from error
 
     async def _start(self) -> None:
+        if sys.platform != "linux":
+            raise ProgramMissing("ztdev needs Linux: on another system run it in a virtual machine or WSL 2.")
         with self._steps.step("state directory") as detail:
             self.state.prepare()
             self.state.lock()
