@@ -494,11 +494,11 @@ def test_svids_are_renewed_around_half_life_each_at_its_own_moment(stage: Stage)
 def test_authority_is_prepared_activated_and_retired_with_overlap(stage: Stage) -> None:
     first = stage.ca.active
 
-    stage.play(280)
+    stage.play(299)
     assert stage.ca.authorities == (first,)
-    stage.play(20)
+    stage.play(3)
     assert stage.ca.prepared is not None
-    stage.play(100)
+    stage.play(110)
     assert stage.ca.active is not first
     assert first in stage.ca.authorities
     last = first.latest_expiry
@@ -553,6 +553,31 @@ def test_one_workloads_trouble_is_not_the_others(stage: Stage) -> None:
     stage.rotation.step()
     assert len(broken.issued) == 2
     assert stage.rotation.last_error is None
+
+
+def test_short_lives_count_from_signing_and_not_from_the_backdated_start(clock: Clock) -> None:
+    ca = CertificateAuthority("zt.example", ttl=12, svid_ttl=2, clock=clock)
+    events: list[RotationEvent] = []
+    workloads = [FakeWorkload(ca)]
+    rotation = Rotation(ca, lambda: workloads, svid_ttl=2, ca_ttl=12, on_event=events.append)
+
+    Stage(clock, ca, workloads, rotation, events).play(24)
+
+    assert 3 <= rotation.authorities_activated <= 4
+    assert 20 <= rotation.svids_renewed <= 32
+
+
+async def test_stopping_is_never_missed(stage: Stage) -> None:
+    for turn in range(300):
+        rotation = Rotation(stage.ca, list)
+        rotation.start()
+        for _ in range(turn % 4):
+            await asyncio.sleep(0)
+        rotation.wake()
+        for _ in range(turn // 4 % 3):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await rotation.stop()
 
 
 async def test_task_survives_errors_and_follows_the_clock_when_woken(

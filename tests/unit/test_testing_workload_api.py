@@ -597,6 +597,40 @@ async def test_half_closed_and_silent_connections_are_let_go(orders: Workload) -
     await orders.wait_until(lambda: orders.connections == 0)
 
 
+async def test_strangers_cannot_use_up_the_connections(
+    api: WorkloadApi, ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ztmtls.testing.attestation.MAX_STRANGERS", 2)
+    workload = await api.add_workload("orders", ORDERS, ca=ca)
+    kept = [await asyncio.open_unix_connection(workload.path) for _ in range(2)]
+    await workload.wait_until(lambda: workload.connections == 2)
+
+    reader, writer = await asyncio.open_unix_connection(workload.path)
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    assert workload.connections == 2
+
+    workload.allow(pid=os.getpid())
+    await first_message(workload.endpoint)
+    for _, open_writer in (*kept, (reader, writer)):
+        open_writer.close()
+
+
+async def test_nothing_is_kept_of_connections_that_come_and_go(orders: Workload) -> None:
+    await first_message(orders.endpoint)
+    await orders.wait_until(lambda: orders.connections == 0)
+    before = len(os.listdir("/proc/self/fd"))
+
+    for _ in range(30):
+        async with svid_stream(orders.endpoint) as call:
+            await read(call)
+            orders.rotate()
+        del call  # holds the client's connection
+    await orders.wait_until(lambda: orders.connections == 0 and orders.streams == 0)
+
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
+
+
 async def test_message_larger_than_any_buffer_passes_whole(orders: Workload) -> None:
     big = orders.build_response(federated={f"spiffe://td{i}.example": os.urandom(40_000) for i in range(80)})
     orders.push_raw(big)

@@ -81,13 +81,15 @@ class Authority:
     """One signing authority: its certificate and key, and what relying parties need to trust it.
 
     `anchor` is the certificate that stands in the bundle: this one when it is self-signed, else the root
-    above it. `intermediates` are sent after each leaf. `latest_expiry` is the end of the longest-lived
+    above it. `created_at` is when it was made, by the authority's clock; its validity begins a little
+    earlier. `intermediates` are sent after each leaf. `latest_expiry` is the end of the longest-lived
     certificate it has signed so far; before that moment it must stay in the bundle.
     """
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey = field(repr=False)
     anchor: x509.Certificate
+    created_at: datetime
     intermediates: tuple[x509.Certificate, ...] = ()
     jwt_key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: new_key(), repr=False)
     state: AuthorityState = AuthorityState.PREPARED
@@ -317,7 +319,7 @@ class CertificateAuthority:
                 extra_extensions=extra_extensions,
             )
             _extend_expiry(issuer, end)
-        return Authority(certificate, key, issuer.anchor, (certificate, *issuer.intermediates))
+        return Authority(certificate, key, issuer.anchor, self.clock(), (certificate, *issuer.intermediates))
 
     # -- Issuing ------------------------------------------------------------------------------------
 
@@ -458,7 +460,7 @@ class CertificateAuthority:
                 basic_constraints=x509.BasicConstraints(ca=True, path_length=None),
                 key_usage=SIGNING_KEY_USAGE,
             )
-            return Authority(certificate, key, certificate)
+            return Authority(certificate, key, certificate, self.clock())
         if self._root is None or new_root:
             root_key = new_key()
             root = _sign(
@@ -483,7 +485,7 @@ class CertificateAuthority:
             basic_constraints=x509.BasicConstraints(ca=True, path_length=None),
             key_usage=SIGNING_KEY_USAGE,
         )
-        return Authority(certificate, key, self._root.certificate, (certificate,))
+        return Authority(certificate, key, self._root.certificate, self.clock(), (certificate,))
 
     def _notify(self) -> None:
         with self._lock:

@@ -162,8 +162,10 @@ class Rotation:
                 pause = LONGEST_SLEEP
             self._wake.clear()
             # At least a little: a step that fails, or a clock that runs back, must not make this spin.
+            # Not `wait_for`: before Python 3.12 it can lose a cancellation.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(max(pause, 0.05), LONGEST_SLEEP))
+                async with asyncio.timeout(min(max(pause, 0.05), LONGEST_SLEEP)):
+                    await self._wake.wait()
 
     def _failed(self, error: Exception) -> None:
         self.last_error = f"{type(error).__name__}: {error}"
@@ -187,16 +189,16 @@ class Rotation:
         """Prepare, activate, retire as due; returns when to look again."""
         ca = self.ca
         active = ca.active
-        life = min(self.ca_ttl, active.not_after - active.not_before)
-        began = active.not_before
+        began = active.created_at
+        life = min(self.ca_ttl, active.not_after - began)
         unusable = now >= active.not_after - self.svid_ttl or now < active.not_before
         if ca.prepared is None and (unusable or now >= began + _PREPARE_AT * life):
             self._report_authority(RotationStep.AUTHORITY_PREPARED, now, ca.prepare(ttl=self.ca_ttl))
         if ca.prepared is not None and (unusable or now >= began + _ACTIVATE_AT * life):
             self._activate(now)
             active = ca.active
-            life = min(self.ca_ttl, active.not_after - active.not_before)
-            began = active.not_before
+            began = active.created_at
+            life = min(self.ca_ttl, active.not_after - began)
         due = [began + (_PREPARE_AT if ca.prepared is None else _ACTIVATE_AT) * life]
         for old in [a for a in ca.authorities if a.state is AuthorityState.OLD]:
             last = old.latest_expiry
