@@ -486,6 +486,17 @@ def test_process_outside_our_pid_namespace_is_refused(pid: int) -> None:
     assert not registrations.decide(PeerCredentials(pid, os.getuid(), os.getgid()))[0]
 
 
+def test_user_that_stands_for_all_unknown_users_cannot_be_registered() -> None:
+    registrations = Registrations()
+    registrations.allow(uid=1000)
+    assert registrations.decide(PeerCredentials(1, 1000, 1000))[0]
+
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    with pytest.raises(ValueError, match="look alike"):
+        registrations.allow(uid=overflow)
+    assert not registrations.decide(PeerCredentials(1, overflow, overflow))[0]
+
+
 def test_unreadable_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     registrations = Registrations()
     registrations.allow(pid=os.getpid())

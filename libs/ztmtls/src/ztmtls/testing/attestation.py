@@ -78,7 +78,8 @@ class Registrations:
         """Register one process, or every process of a user.
 
         A process is remembered with its start time, so that another one that gets the same ID later is
-        refused. Raises `ProcessLookupError` when there is no such process.
+        refused. Raises `ProcessLookupError` when there is no such process, and `ValueError` for the user
+        ID that the kernel shows in place of any that has none here (user_namespaces(7)).
         """
         if (pid is None) == (uid is None):
             raise TypeError("name either a pid or a uid")
@@ -88,6 +89,10 @@ class Registrations:
                 raise ProcessLookupError(f"no process {pid} can be seen in /proc")
             self._processes[pid] = started
         elif uid is not None:
+            if uid == _overflow_uid():
+                raise ValueError(
+                    f"user {uid} can't be registered: unknown users of other namespaces look alike"
+                )
             self._users.add(uid)
 
     def disallow(self, *, pid: int | None = None, uid: int | None = None) -> None:
@@ -132,6 +137,13 @@ def process_start_time(pid: int) -> int | None:
         return int(text[text.rindex(b")") + 1 :].split()[19])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _overflow_uid() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 65534
 
 
 class Guard:
