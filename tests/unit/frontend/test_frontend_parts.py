@@ -252,3 +252,9 @@ async def test_readiness_says_why_not(orders: ScriptedOrders, answer: Any, reaso
     orders.answers["GET", "/products"] = answer
     async with httpx.AsyncClient(transport=httpx.MockTransport(orders), base_url="https://orders") as client:
         assert await Orders(client, seen_by_frontend).answered_recently() == reason
+
+
+def test_the_readme_names_every_setting() -> None:
+    readme = (Path(__file__).parents[3] / "services" / "frontend" / "README.md").read_text()
+    for name in Settings.model_fields:
+        assert f"`{name.upper()}`" in readme, name

@@ -45,7 +45,7 @@ class Settings(ServiceSettings):
         description="where orders listens, `https://host:port`"
     )
     orders_spiffe_id: SpiffeIdSetting = Field(description="the only identity accepted as orders")
-    orders_timeout_seconds: Seconds = Field(15, description="wait at most this long for an answer of orders")
+    orders_timeout_seconds: Seconds = Field(10, description="wait at most this long for an answer of orders")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="host names people reach the pages by, separated by commas",
