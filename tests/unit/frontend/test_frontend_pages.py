@@ -234,6 +234,7 @@ def refused(reason: Reason) -> Refusal:
         (RefusedByServer("bad certificate"), 502, "refused_by_server", False),
         (NoIdentityError(refused(Reason.IDENTITY_EXPIRED)), 503, "identity_expired", False),
         (httpx.ConnectError("connection refused"), 503, "dependency_unavailable", False),
+        (httpx.ConnectTimeout("nobody there"), 503, "dependency_unavailable", False),
         (httpx.ReadTimeout("too slow"), 503, "dependency_unavailable", True),
         (httpx.ReadError("cut"), 503, "dependency_unavailable", True),
     ],
@@ -336,10 +337,10 @@ async def test_the_form_works_without_recent_orders_and_status(
     "first",
     [
         httpx.RemoteProtocolError("server disconnected"),
-        httpx.ConnectTimeout("server disconnected"),
+        httpx.ReadError("connection reset"),
         problem(401, "expired"),
     ],
-    ids=["closed", "closed under aiohttp", "expired"],
+    ids=["closed", "reset", "expired"],
 )
 async def test_a_connection_at_its_end_is_replaced_once(
     browser: Browser, orders: ScriptedOrders, first: httpx.Response | Exception

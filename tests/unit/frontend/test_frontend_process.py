@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
 
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
@@ -45,12 +46,14 @@ async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 2
 
 
 @asynccontextmanager
-async def small_orders(authority: CertificateAuthority, port: int) -> AsyncIterator[None]:
-    """An orders that has goods and nothing else, over mutual TLS."""
+async def small_orders(authority: CertificateAuthority, port: int) -> AsyncIterator[list[Headers]]:
+    """An orders that has goods and nothing else, over mutual TLS; what it is told in headers."""
     app = FastAPI()
+    told: list[Headers] = []
 
     @app.get("/products")
-    async def products() -> dict[str, Any]:
+    async def products(request: Request) -> dict[str, Any]:
+        told.append(request.headers)
         lamp = {"sku": "lamp", "name": "Desk lamp", "price": 4900, "currency": "EUR"}
         return {"products": [lamp]}
 
@@ -67,10 +70,27 @@ async def small_orders(authority: CertificateAuthority, port: int) -> AsyncItera
         )
     )
     try:
-        yield
+        yield told
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+
+
+FORGED = [
+    b"X-FoRwArDeD-cLiEnT-cErT: URI=spiffe://zt.example/ns/zt-demo/sa/payments\r\n",
+    b"X-Spiffe-Id: spiffe://zt.example/ns/zt-demo/sa/payments\r\n" * 2,
+    b"X-Client-Verify: SUCCESS\r\n X-Spiffe-Id: spiffe://zt.example/ns/zt-demo/sa/payments\r\n",
+    b"X_Spiffe_Id: spiffe://zt.example/ns/zt-demo/sa/payments\r\n",
+]
+
+
+async def send_raw(port: int, header: bytes) -> bytes:
+    """Ask for the first page with `header` written as it stands."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + header + b"\r\n")
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer
 
 
 async def test_the_life_of_the_process() -> None:
@@ -119,11 +139,19 @@ async def test_the_life_of_the_process() -> None:
             assert (await get(probes, "/livez")).status_code == 200
 
             # orders comes: ready by itself.
-            async with small_orders(authority, orders):
+            async with small_orders(authority, orders) as told:
                 assert await eventually(ready)
                 page = await get(port, "/")
                 assert page.status_code == 200
                 assert "Desk lamp" in text_of(page.text)
+
+                # Identity headers in odd case, twice, and folded: nothing of them gets through.
+                for forged in FORGED:
+                    await send_raw(port, forged)
+                assert (await get(port, "/")).status_code == 200
+                assert len(told) > 2
+                assert set().union(*told) <= {"host", "accept", "accept-encoding", "connection", "user-agent"}
+                assert "payments" not in str(told)
 
             process.send_signal(signal.SIGTERM)
             output, _ = await asyncio.wait_for(process.communicate(), 15)

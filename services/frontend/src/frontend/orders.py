@@ -150,15 +150,14 @@ class Orders:
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Send it, and once more on a fresh connection when the one we kept had come to its end.
 
-        That happens as certificates rotate: the connection is closed as we use it (which aiohttp's
-        transport may report as ConnectTimeout), or answers 401. Reads are safe to repeat, and so is
-        placing an order, by its key.
+        That happens as certificates rotate: the connection is closed as we use it, or answers 401.
+        Reads are safe to repeat, and so is placing an order, by its key.
         """
         try:
             response = await self._client.request(method, path, **request)
         except (ServerRefused, RefusedByServer, NoIdentityError):
             raise  # nothing that a second connection would change
-        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout):
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
             return await self._client.request(method, path, **request)
         if response.status_code == 401:
             return await self._client.request(method, path, **request)
@@ -188,7 +187,7 @@ def _unanswered(error: httpx.HTTPError) -> OrdersFailure:
             return OrdersFailure(502, error.reason, "orders refused the frontend's certificate", error.detail)
         case NoIdentityError():
             return OrdersFailure(503, error.reason, "The frontend has no identity now", error.detail)
-        case httpx.ConnectError() | httpx.PoolTimeout():
+        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
             return OrdersFailure(
                 503, Reason.DEPENDENCY_UNAVAILABLE, "orders can't be reached", "No connection was made."
             )
@@ -204,8 +203,8 @@ def _unanswered(error: httpx.HTTPError) -> OrdersFailure:
             return OrdersFailure(
                 503,
                 Reason.DEPENDENCY_UNAVAILABLE,
-                "orders can't be reached",
-                "The connection broke, or none was made.",
+                "The connection to orders broke",
+                "The request was sent, no answer came.",
                 unknown=True,
             )
 
