@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page
 
 
 class Shop:
@@ -196,8 +196,3 @@ def assert_readable(page: Page) -> None:
     """All text contrasts with its ground as WCAG 2.2 level AA asks (1.4.3)."""
     faint: list[str] = page.evaluate(CONTRAST)
     assert not faint, faint
-
-
-def expect_busy(button: Locator) -> None:
-    """The button says that the form is on its way."""
-    expect(button).to_have_attribute("aria-disabled", "true")
