@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote_to_bytes
 
 import yaml
 
@@ -205,11 +206,15 @@ def _matches(template: tuple[str | None, ...], segments: tuple[str, ...]) -> boo
 def is_ambiguous(path: str, raw_path: bytes) -> bool:
     """True for a request path that two programs could read differently.
 
-    An encoded slash, backslash, dot segment or NUL, an empty segment, or a dot segment: a proxy, the
-    policy and the router might each see another route, so such a request is refused before the policy
-    is asked.
+    An encoded slash, backslash, dot segment or NUL, an empty segment, a dot segment, or bytes that are not
+    UTF-8: a proxy, the policy and the router might each see another route, so such a request is refused
+    before the policy is asked.
     """
     raw = raw_path.split(b"?", 1)[0].lower()
+    try:
+        unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        return True
     if any(code in raw for code in (b"%2f", b"%5c", b"%2e", b"%00", b"%25", b"\\", b";")):
         return True
     if not path.startswith("/") or not path.isprintable():
@@ -223,7 +228,7 @@ def _parse_rules(document: object) -> list[Rule]:
     if not isinstance(document, Mapping):
         raise PolicyError(["the policy must be a mapping with 'version' and 'rules'"])
     faults += [f"unknown key '{printable(str(k))}'" for k in document if k not in ("version", "rules")]
-    if document.get("version") != 1:
+    if document.get("version") != 1 or isinstance(document["version"], bool):
         faults.append("'version' must be 1")
     entries = document.get("rules")
     if not isinstance(entries, list) or not entries:
@@ -296,9 +301,9 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str) or key in mapping:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{printable(str(key))}' is given twice or is no string", key_node.start_mark
-            )
+            # Nothing but a string is shown: a list of lists of aliases would take for ever to print.
+            shown = f"key '{printable(key)}' is given twice" if isinstance(key, str) else "a key is no string"
+            raise yaml.constructor.ConstructorError(None, None, shown, key_node.start_mark)
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -314,7 +319,9 @@ def load_policy(path: Path | str) -> Policy:
         raise PolicyError([f"{path} can't be read: {error}"]) from error
     try:
         document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
+    except Exception as error:
+        # Not YAMLError alone: the constructors of dates and numbers let ValueError, KeyError and
+        # AttributeError through, and deep nesting ends in RecursionError.
         raise PolicyError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     return Policy.parse(document)
 

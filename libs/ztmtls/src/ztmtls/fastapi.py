@@ -6,6 +6,7 @@ use too.
 
 from __future__ import annotations
 
+import json
 import logging
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from .hop import HopView
 from .identity import request_identity
-from .reasons import Reason, Refusal
+from .reasons import Reason, Refusal, printable
 from .verify import VerifiedPeer
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,28 @@ def problem_body(
     """The members of a problem document: type, title, status, detail, reason, and `extra`."""
     return {
         "type": f"urn:ztmtls:problem:{reason}",
-        "title": title or HTTPStatus(status).phrase,
+        "title": title or _phrase(status),
         "status": status,
         "detail": detail,
         "reason": str(reason),
         **extra,
     }
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return f"Status {status}"
+
+
+class _ProblemResponse(JSONResponse):
+    """JSON in ASCII: text from a request may hold lone surrogates, which UTF-8 can't."""
+
+    media_type = "application/problem+json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def problem(
@@ -61,12 +78,7 @@ def problem(
     **extra: Any,
 ) -> Response:
     """A response with a problem document (``application/problem+json``)."""
-    return JSONResponse(
-        problem_body(status, reason, title, detail, **extra),
-        status,
-        headers,
-        media_type="application/problem+json",
-    )
+    return _ProblemResponse(problem_body(status, reason, title, detail, **extra), status, headers)
 
 
 async def _peer(connection: HTTPConnection) -> VerifiedPeer:
@@ -111,7 +123,14 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    faults = [{"field": field_name(e["loc"]), "message": str(e["msg"])} for e in error.errors()]
+    # The place of a JSON syntax error is a number of characters, not a field.
+    faults = [
+        {
+            "field": "body" if e["type"] == "json_invalid" else printable(field_name(e["loc"])),
+            "message": str(e["msg"]),
+        }
+        for e in error.errors()
+    ]
     names = ", ".join(sorted({f["field"] for f in faults}))
     return problem(
         422, Reason.INVALID_REQUEST, "The request is not valid", f"Look at: {names}", errors=faults

@@ -45,7 +45,12 @@ class TrustDomain:
     @classmethod
     def parse(cls, text: str) -> TrustDomain:
         """Read a name (``zt.example``) or the ID of the domain itself (``spiffe://zt.example``)."""
-        return SpiffeId.parse(text).trust_domain if text.startswith(SCHEME) else cls(text)
+        if not text.startswith(SCHEME):
+            return cls(text)
+        identity = SpiffeId.parse(text)
+        if not identity.is_root:
+            raise InvalidSpiffeId(f"'{identity}' names a workload, not a trust domain")
+        return identity.trust_domain
 
     @property
     def id(self) -> SpiffeId:

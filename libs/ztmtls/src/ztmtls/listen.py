@@ -108,7 +108,8 @@ async def serve_until_stopped(
             if not serving.done():
                 on_draining()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(again.wait(), drain)
+                    async with asyncio.timeout(drain):
+                        await again.wait()
                 server.should_exit = True
             await serving
             if not server.started:

@@ -48,6 +48,8 @@ class Probes:
         self.host = host
         self.port = port
         self.checks: dict[str, Check] = dict(checks or {})
+        if reserved := self.checks.keys() & {"service", "identity"}:
+            raise ValueError(f"a check must not be named {' or '.join(sorted(reserved))}: these are ours")
         self.serving = False
         self.draining = False
         self._source = source
@@ -93,6 +95,11 @@ class Probes:
                 return await self.checks[name]() or "ok"
         except TimeoutError:
             return f"no answer in {_CHECK_TIMEOUT:g} s"
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return "cancelled"
         except Exception as error:
             logger.warning("readiness check %s failed: %s", name, type(error).__name__)
             return type(error).__name__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from .ids import InvalidSpiffeId, SpiffeId
 from .reasons import printable
@@ -90,6 +91,12 @@ def load(settings: type[S]) -> S:
             field = settings.model_fields.get(name.lower())
             hint = f" (expected: {field.description})" if field and field.description else ""
             print(f"{name}: {what}{hint}", file=sys.stderr)
+        _exit()
+    except SettingsError as error:
+        # A list or mapping that is no JSON; the text names the field and not the value.
+        found = re.search(r'field "([^"]+)"', str(error))
+        name = found[1].upper() if found else settings.__name__
+        print(f"{name}: is not valid JSON", file=sys.stderr)
         _exit()
 
 

@@ -365,8 +365,10 @@ class X509Source(_Holder):
                 workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),)
             )
             while True:
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes with an answer.
                 try:
-                    response = await asyncio.wait_for(call.read(), self._patience())
+                    async with asyncio.timeout(self._patience()):
+                        response = await call.read()
                 except TimeoutError:
                     self._fault("the agent is silent although an update is due")
                     return

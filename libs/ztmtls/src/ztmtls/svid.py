@@ -23,6 +23,16 @@ from .reasons import Reason, Refusal
 
 PrivateKey = EllipticCurvePrivateKey | RSAPrivateKey
 
+# What `cryptography` raises for a certificate or an extension that it can't decode. The x509 exceptions
+# are no ValueErrors.
+UNDECODABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+
 MAX_CHAIN = 16
 MAX_BUNDLE = 1024
 
@@ -74,7 +84,7 @@ class X509Svid:
         chain = certificates_from_der(chain_der, limit=MAX_CHAIN)
         try:
             key = serialization.load_der_private_key(key_der, password=None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise InvalidSvid(
                 Reason.INVALID_UPDATE, "private key is not an unencrypted PKCS#8 DER key"
             ) from error
@@ -177,7 +187,7 @@ def spiffe_id_of(leaf: x509.Certificate) -> SpiffeId:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise InvalidSvid(Reason.NO_URI_SAN, "certificate has no subject alternative name") from None
-    except ValueError as error:
+    except UNDECODABLE as error:
         raise InvalidSvid(Reason.MALFORMED_CERTIFICATE, "certificate extensions can't be decoded") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if not uris:
@@ -214,7 +224,7 @@ def certificates_from_der(der: bytes, *, limit: int) -> tuple[x509.Certificate, 
         size = _der_length(rest)
         try:
             certificates.append(x509.load_der_x509_certificate(bytes(rest[:size])))
-        except ValueError as error:
+        except UNDECODABLE as error:
             raise InvalidSvid(
                 Reason.MALFORMED_CERTIFICATE, f"certificate {len(certificates) + 1} can't be decoded"
             ) from error

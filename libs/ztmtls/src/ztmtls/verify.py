@@ -21,6 +21,7 @@ from .ids import InvalidSpiffeId, SpiffeId, TrustDomain
 from .reasons import Reason, Refusal
 from .svid import (
     MAX_CHAIN,
+    UNDECODABLE,
     IdentitySummary,
     InvalidSvid,
     X509Bundle,
@@ -108,7 +109,7 @@ def _check_leaf_profile(leaf: x509.Certificate, peer_id: SpiffeId) -> None:
     try:
         basic = _extension(leaf, x509.BasicConstraints)
         usage = _extension(leaf, x509.KeyUsage)
-    except ValueError as error:
+    except UNDECODABLE as error:
         raise PeerRefused(
             Reason.MALFORMED_CERTIFICATE, f"an extension of {peer_id}'s certificate can't be decoded"
         ) from error
@@ -158,12 +159,13 @@ def _build_path(
         verification.PolicyBuilder()
         .store(_store(bundle.authorities))
         .time(now)
+        .max_chain_depth(MAX_CHAIN)
         .extension_policies(ca_policy=_CA_POLICY, ee_policy=_LEAF_POLICY)
         .build_client_verifier()
     )
     try:
         return verifier.verify(leaf, list(intermediates)).chain
-    except (verification.VerificationError, ValueError) as error:
+    except (verification.VerificationError, *UNDECODABLE) as error:
         expired = [c for c in intermediates if now >= c.not_valid_after_utc]
         raise PeerRefused(
             Reason.EXPIRED if expired else Reason.UNTRUSTED_AUTHORITY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from urllib.parse import urlsplit
 
 from .reasons import Reason, Refusal, printable
@@ -11,6 +12,8 @@ from .reasons import Reason, Refusal, printable
 ENVIRONMENT_VARIABLE = "SPIFFE_ENDPOINT_SOCKET"
 # sun_path in struct sockaddr_un holds 108 bytes with the closing NUL (unix(7)).
 MAX_SOCKET_PATH = 107
+# `urlsplit` overlooks what stands between "]" and ":".
+_HOST_AND_PORT = re.compile(r"(?:\[[^\[\]]+\]|[^\[\]:]+):[0-9]+")
 
 
 class InvalidEndpoint(Refusal, ValueError):
@@ -51,8 +54,8 @@ def parse_endpoint(address: str | None = None) -> str:
         host = ipaddress.ip_address(uri.hostname or "")
     except ValueError:
         raise InvalidEndpoint(f"'{shown}' must name its host by an IP address") from None
-    if not port:
-        raise InvalidEndpoint(f"'{shown}' must hold a port")
+    if not port or not _HOST_AND_PORT.fullmatch(uri.netloc):
+        raise InvalidEndpoint(f"'{shown}' must end in ':' and a port")
     return f"ipv6:[{host}]:{port}" if host.version == 6 else f"ipv4:{host}:{port}"
 
 
