@@ -409,3 +409,25 @@ async def test_two_expected_peers_at_one_address_share_no_connection(
             with pytest.raises(ServerRefused):
                 await wrong.get("/thing")
         assert (await right.get("/thing")).status_code == 200
+
+
+# --- bodies -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("declared", [True, False])
+async def test_body_past_the_limit_is_refused(
+    caller: StaticSource, server_source: StaticSource, http: HttpParser, declared: bool
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 100_000
+
+    async with serving(server_source, http=http) as served, served.client(caller) as client:
+        fits = await client.post("/thing", content=b"x" * 1_000_000)
+        assert fits.json()["body"] == 1_000_000
+        response = await client.post("/thing", content=b"x" * 2_000_000 if declared else chunks())
+        assert (response.status_code, response.json()["reason"]) == (413, Reason.TOO_LARGE)
+        assert served.audit("deny")[-1]["reason"] == Reason.TOO_LARGE
+        assert len(served.seen) == 1
+        assert (await client.get("/thing")).status_code == 200

@@ -23,14 +23,17 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MAX_BODY = 1 << 20
+"""Bytes that a request's body may have, unless said otherwise."""
+
 
 class Guard:
     """ASGI middleware around a whole application; `server.serve` puts it there.
 
     Per request: the connection's peer is verified again if the identity source changed or a certificate
-    on the path ran out, the path must have one meaning only, and a rule of the policy must allow caller,
-    method and path. Every answer, yes or no, is an audit line. There is no way around it: without a
-    verified connection the request is refused.
+    on the path ran out, the path must have one meaning only, a rule of the policy must allow caller,
+    method and path, and the body must not be too large. Every answer, yes or no, is an audit line. There
+    is no way around it: without a verified connection the request is refused.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Guard:
         source: Source,
         policy: Policy | PolicyFile,
         audit: AuditLog,
+        max_body: int = MAX_BODY,
         draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
+        self._max_body = max_body
         self._source = source
         self._policy = policy
         self._audit = audit
@@ -63,21 +68,36 @@ class Guard:
             connection.recheck(self._source.context, datetime.now(UTC))
             rule = self._authorize(connection, scope, method, path)
         except Refusal as refusal:
-            self._audit.record(
-                "request",
-                "deny",
-                reason=refusal.reason,
-                hop=connection.view() if connection else None,
-                detail=refusal.detail,
-                method=printable(method, 16),
-                path=printable(path),
-            )
-            set_request_identity(scope, None)
-            await _refuse(scope, send, refusal)
+            await self._deny(scope, send, connection, method, refusal)
             return
+        body = _LimitedBody(scope, receive, send, self._max_body)
         set_request_identity(scope, RequestIdentity(connection, rule))
         self._audit.record("request", "allow", hop=connection.view(rule), method=method, path=path)
-        await self._app(scope, receive, send)
+        try:
+            if not body.exceeded:
+                await self._app(scope, body.receive, body.send)
+        except Exception:
+            if not body.exceeded:
+                raise
+        if body.exceeded and not body.answered:
+            await body.discard()
+            too_large = Refusal(Reason.TOO_LARGE, f"the body may have {self._max_body} bytes")
+            await self._deny(scope, send, connection, method, too_large)
+
+    async def _deny(
+        self, scope: Scope, send: Send, connection: Connection | None, method: str, refusal: Refusal
+    ) -> None:
+        self._audit.record(
+            "request",
+            "deny",
+            reason=refusal.reason,
+            hop=connection.view() if connection else None,
+            detail=refusal.detail,
+            method=printable(method, 16),
+            path=printable(scope["path"]),
+        )
+        set_request_identity(scope, None)
+        await _refuse(scope, send, refusal)
 
     def _authorize(self, connection: Connection, scope: Scope, method: str, path: str) -> str:
         if is_ambiguous(path, scope.get("raw_path") or path.encode()):
@@ -87,6 +107,46 @@ class Guard:
         if not decision.allowed or decision.rule is None:
             raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
         return decision.rule
+
+
+class _LimitedBody:
+    """Counts the body as it arrives. Past the limit the application sees a client that hung up."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        self.answered = False
+        self._receive = receive
+        self._send = send
+        self._limit = limit
+        self._received = 0
+        self._more = True
+        declared = (value for name, value in scope.get("headers", ()) if name == b"content-length")
+        self.exceeded = any(value.isdigit() and int(value) > limit for value in declared)
+
+    async def receive(self) -> Message:
+        if self.exceeded:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._count(message)
+        return {"type": "http.disconnect"} if self.exceeded else message
+
+    async def send(self, message: Message) -> None:
+        if self.exceeded and not self.answered:
+            return  # whatever the application made of it, the answer is ours
+        self.answered = self.answered or message["type"] == "http.response.start"
+        await self._send(message)
+
+    async def discard(self) -> None:
+        """Read on for a while: an answer sent while the client still sends would be lost in a reset."""
+        while self._more and self._received < 8 * self._limit:
+            self._count(await self._receive())
+
+    def _count(self, message: Message) -> None:
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            self._more = message.get("more_body", False)
+            self.exceeded = self.exceeded or self._received > self._limit
+        elif message["type"] == "http.disconnect":
+            self._more = False
 
 
 class BindConnection:
@@ -110,6 +170,8 @@ _AUTHORIZATION = (Reason.CALLER_NOT_ALLOWED, Reason.ROUTE_NOT_ALLOWED, Reason.AM
 async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
     if isinstance(refusal, NoIdentity):
         status, title = 503, "This service has no identity at the moment"
+    elif refusal.reason is Reason.TOO_LARGE:
+        status, title = 413, "The request is too large"
     elif isinstance(refusal, NoPeer) or refusal.reason in _AUTHORIZATION:
         status, title = 403, "Refused"
     else:

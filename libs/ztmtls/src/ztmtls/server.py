@@ -20,7 +20,7 @@ import uvicorn
 
 from .audit import AuditLog
 from .authz import Authorizer, Policy, PolicyFile
-from .guard import ASGIApp, BindConnection, Guard
+from .guard import MAX_BODY, ASGIApp, BindConnection, Guard
 from .listen import PortInUse, bind, serve_until_stopped
 from .probes import Probes
 from .reasons import Refusal
@@ -47,6 +47,7 @@ async def serve(
     audit: AuditLog,
     probes: Probes | None = None,
     allowed_peers: Authorizer | None = None,
+    max_body: int = MAX_BODY,
     http: HttpParser = "auto",
     drain: float = 0.0,
     grace: float = 10.0,
@@ -58,6 +59,7 @@ async def serve(
         source: our identity; must hold an SVID already (``await source.ready()``).
         policy: who may use which method on which path; nothing else is served.
         allowed_peers: an outer allow-list for the handshake itself.
+        max_body: bytes that a request's body may have; more is refused with 413.
         probes: marked as serving and draining at the right moments.
         drain: seconds to go on accepting after the first signal, with readiness red.
         grace: seconds that requests in flight then have to finish.
@@ -71,6 +73,7 @@ async def serve(
         source=source,
         policy=policy,
         audit=audit,
+        max_body=max_body,
         draining=lambda: probes is not None and probes.draining,
     )
     context = server_context(source, authorizer=allowed_peers, audit=audit)
