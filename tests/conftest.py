@@ -1,0 +1,17 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ztdev.options import StackOptions
+from ztdev.stack import BackgroundStack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackgroundStack]:
+    """The whole stack on free ports, with data of its own. Its coroutines are called through `stack.run`."""
+    with BackgroundStack(StackOptions(state_dir=tmp_path_factory.mktemp("stack"), free_ports=True)) as stack:
+        yield stack
