@@ -30,9 +30,9 @@ EXPECTED = "Failed to load resource: the server responded with a status of"
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """A browser for the whole run. Without one the tests are skipped, but under CI they fail."""
+    """A browser for a module: its loop must not outlive it. Without one tests are skipped; under CI they fail."""
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         reason = f"no browser: none of {', '.join(NAMES)} is installed and CHROMIUM names none"
@@ -79,7 +79,7 @@ def page(open_page: OpenPage) -> Page:
     return open_page()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _small_chain() -> Iterator[SmallChain]:
     with SmallChain() as chain:
         yield chain
