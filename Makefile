@@ -24,6 +24,8 @@ READY := .venv/.ready
 MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproject.toml services/*/pyproject.toml)
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
+# The long ones first; each file stays in one process.
+ALL_TESTS := $(wildcard tests/stack tests/mtls tests/browser tests/unit)
 UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 
 ##@ Use it
@@ -51,7 +53,7 @@ setup: $(READY) ## Make the Python environment (.venv); the others do it too
 .PHONY: test
 test: setup ## Run every test
 	@.venv/bin/ztdev prepare
-	@exec .venv/bin/pytest tests $(ARGS)
+	@exec .venv/bin/pytest -q -n 2 --dist loadfile $(ALL_TESTS) $(ARGS)
 
 .PHONY: check
 check: setup ## Format, lint and types, then the quick tests
