@@ -32,7 +32,7 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """A browser for a module: its loop must not outlive it. Without one tests are skipped; under CI they fail."""
+    """A browser for a module. Without one its tests are skipped, but under CI they fail."""
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         reason = f"no browser: none of {', '.join(NAMES)} is installed and CHROMIUM names none"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,8 +19,9 @@ from ztmtls.reasons import Reason
 from ztmtls.source import StaticSource
 from ztmtls.svid import X509Context, X509Svid
 from ztmtls.testing import CertificateAuthority
+from ztmtls.tls import TlsRefused, client_context, server_context
 
-from .conftest import CALLER, DOMAIN, STRANGER, Served, serving, until
+from .conftest import CALLER, DOMAIN, SERVER, STRANGER, Served, serving, until
 
 LEAF_USAGE = {"digital_signature", "key_encipherment", "key_agreement"}
 
@@ -261,3 +264,33 @@ async def test_tls_1_2_is_not_spoken(served: Served, caller: StaticSource) -> No
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
         await asyncio.open_connection("127.0.0.1", served.port, ssl=context)
+
+
+async def test_blocking_sockets_pass_no_byte_before_our_own_check(
+    ca: CertificateAuthority, caller: StaticSource, server_source: StaticSource
+) -> None:
+    """A handshake that OpenSSL would finish inside a read must not skip the verification."""
+    context = server_context(server_source, authorizer=exact(CALLER))
+
+    def answer(listener: ssl.SSLSocket) -> bytes:
+        peer, _ = listener.accept()
+        with peer:
+            return peer.recv(100)
+
+    def serve_once(source: StaticSource, on_connect: bool) -> bytes:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as plain,
+            context.wrap_socket(plain, server_side=True, do_handshake_on_connect=on_connect) as listener,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            answered = pool.submit(answer, listener)
+            with socket.create_connection(listener.getsockname()) as raw, contextlib.suppress(OSError):
+                client = client_context(source, exact(SERVER)).wrap_socket(raw)
+                client.sendall(b"hello")
+                client.close()
+            return answered.result(10)
+
+    assert await asyncio.to_thread(serve_once, caller, True) == b"hello"
+    for on_connect in (True, False):
+        with pytest.raises(TlsRefused):
+            await asyncio.to_thread(serve_once, presenting(ca.issue(STRANGER), ca), on_connect)

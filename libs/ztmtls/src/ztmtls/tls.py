@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import socket
 import ssl
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from .authz import Authorizer
 from .hop import HopView
 from .ids import SpiffeId
 from .reasons import Reason, Refusal
-from .svid import X509Context
+from .svid import UNDECODABLE, X509Context
 from .verify import PeerRefused, VerifiedPeer, verify_peer
 
 if TYPE_CHECKING:
@@ -165,11 +166,69 @@ class _VerifiedObject(ssl.SSLObject):
             raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "sending the alert") from None
         self.ztmtls_connection = context.accept(self)
 
+    # OpenSSL finishes a handshake inside a read or a write, too; our own check would then be skipped.
+    def read(self, *args: Any) -> Any:
+        """As `ssl.SSLObject.read`, after a verified handshake only."""
+        if self.ztmtls_connection is None:
+            raise _unverified()
+        return super().read(*args)
+
+    def write(self, data: Any) -> int:
+        """As `ssl.SSLObject.write`, after a verified handshake only."""
+        if self.ztmtls_connection is None:
+            raise _unverified()
+        return super().write(data)
+
+
+def _unverified() -> TlsRefused:
+    return TlsRefused(
+        PeerRefused(Reason.NO_CERTIFICATE, "call do_handshake() first: the peer is not verified yet")
+    )
+
 
 class _VerifiedSocket(ssl.SSLSocket):
     """The same for blocking sockets."""
 
     ztmtls_connection: Connection | None = None
+    ztmtls_rotating: RotatingContext | None = None
+    # What the base class has and its type stubs lack.
+    _sslobj: object | None
+    do_handshake_on_connect: bool
+    suppress_ragged_eofs: bool
+
+    def accept(self) -> tuple[ssl.SSLSocket, Any]:
+        """As `ssl.SSLSocket.accept`, each connection on the newest generation."""
+        raw, address = socket.socket.accept(self)
+        try:
+            accepted = (self.ztmtls_rotating or self.context).wrap_socket(
+                raw,
+                server_side=True,
+                do_handshake_on_connect=self.do_handshake_on_connect,
+                suppress_ragged_eofs=self.suppress_ragged_eofs,
+            )
+        except BaseException:
+            raw.close()
+            raise
+        return accepted, address
+
+    # Before there is a TLS session (a socket not connected yet) the base class raises by itself.
+    def read(self, *args: Any) -> Any:
+        """As `ssl.SSLSocket.read`, after a verified handshake only; `recv` and `makefile` end here."""
+        if self.ztmtls_connection is None and self._sslobj is not None:
+            raise _unverified()
+        return super().read(*args)
+
+    def write(self, data: Any) -> int:
+        """As `ssl.SSLSocket.write`, after a verified handshake only."""
+        if self.ztmtls_connection is None and self._sslobj is not None:
+            raise _unverified()
+        return super().write(data)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As `ssl.SSLSocket.send`, after a verified handshake only; `sendall` ends here."""
+        if self.ztmtls_connection is None and self._sslobj is not None:
+            raise _unverified()
+        return super().send(data, flags)
 
     def do_handshake(self, block: bool = False) -> None:
         context = self.context
@@ -346,9 +405,12 @@ class RotatingContext(ssl.SSLContext):
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         """As `ssl.SSLContext.wrap_socket`, on the newest generation."""
         try:
-            return self.newest().wrap_socket(*args, **kwargs)
+            wrapped = self.newest().wrap_socket(*args, **kwargs)
         except Refusal as refusal:
             self.refuse(refusal)
+        assert isinstance(wrapped, _VerifiedSocket)
+        wrapped.ztmtls_rotating = self
+        return wrapped
 
     def refuse(self, refusal: Refusal) -> NoReturn:
         """Refuse a handshake for want of an identity of our own."""
@@ -443,7 +505,7 @@ def _presented_chain(handshake: ssl.SSLObject | ssl.SSLSocket) -> tuple[x509.Cer
         ders = [certificate.public_bytes(_DER) for certificate in raw or []]
     try:
         return tuple(x509.load_der_x509_certificate(der) for der in ders)
-    except ValueError as error:
+    except UNDECODABLE as error:
         raise PeerRefused(Reason.MALFORMED_CERTIFICATE, "the peer's certificate can't be decoded") from error
 
 
