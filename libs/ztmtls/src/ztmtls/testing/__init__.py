@@ -4,6 +4,7 @@
 - `WorkloadApi`: serves them on Unix sockets as a SPIFFE agent does, and can be scripted.
   `BackgroundWorkloadApi` is the same for tests without an event loop.
 - `Rotation`: keeps SVIDs and authorities fresh.
+- `calling_as`: a client of an ASGI application as a verified caller, behind the guard, without sockets.
 - `StaticSource`: a source that always holds the same context.
 - pytest fixtures, in `ztmtls.testing.fixtures`: loaded by pytest itself.
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .ca import new_key as new_key
     from .ca import with_broken_signature as with_broken_signature
     from .ca import with_other_key as with_other_key
+    from .calling import calling_as as calling_as
     from .rotation import Rotation as Rotation
     from .rotation import RotationEvent as RotationEvent
     from .rotation import RotationStep as RotationStep
@@ -48,6 +50,7 @@ _HOME = {
     "Workload": ".workload_api",
     "WorkloadApi": ".workload_api",
     "WorkloadIdentity": ".workload_api",
+    "calling_as": ".calling",
     "new_key": ".ca",
     "with_broken_signature": ".ca",
     "with_other_key": ".ca",
