@@ -15,7 +15,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -25,22 +24,20 @@ import pytest_asyncio
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from psycopg import errors
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
-import orders.migrate
-import payments.migrate
 from orders.app import Parts
 from orders.app import create_app as create_orders
 from orders.checkout import Checkout
-from orders.database import Database as OrdersDatabase
+from orders.migrations import MIGRATIONS as ORDERS_MIGRATIONS
 from orders.models import Base
 from orders.payments import Payments, Retry
 from orders.schemas import Link, OrderRequest
 from orders.settings import PACKAGED_POLICY as ORDERS_POLICY
 from orders.store import Orders
 from payments.app import create_app as create_payments
-from payments.database import Database as PaymentsDatabase
 from payments.ledger import Ledger
+from payments.migrations import MIGRATIONS as PAYMENTS_MIGRATIONS
 from payments.settings import PACKAGED_POLICY as PAYMENTS_POLICY
 from ztdev.postgres import PostgresServer
 from ztdev.stack import BackgroundProcess, BackgroundStack
@@ -48,15 +45,15 @@ from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy, load_policy
 from ztmtls.client import AsyncClient
 from ztmtls.database import DatabaseTarget, create_engine, sync_engine
-from ztmtls.guard import BindConnection, Guard, Message, Receive, Scope, Send
+from ztmtls.guard import Message, Receive, Scope, Send
 from ztmtls.listen import bind
+from ztmtls.migrations import Migrations
 from ztmtls.probes import Probes
 from ztmtls.secrets import SecretValue
 from ztmtls.server import serve
 from ztmtls.source import StaticSource
-from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import Connection
-from ztmtls.verify import verify_peer
+from ztmtls.testing import CertificateAuthority, calling_as
+from ztmtls.transactions import Database
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -184,13 +181,15 @@ class Shop:
     def target(self, name: str) -> DatabaseTarget:
         return DatabaseTarget("127.0.0.1", self.server.port, name, self.server.ca_file)
 
-    async def migrate(self, name: str, upgrade: Callable[[Engine], None]) -> None:
-        await asyncio.to_thread(upgrade, sync_engine(self.secret(f"{name}_owner"), self.target(name)))
+    async def migrate(self, name: str, migrations: Migrations) -> None:
+        await asyncio.to_thread(
+            migrations.upgrade, sync_engine(self.secret(f"{name}_owner"), self.target(name))
+        )
 
     @asynccontextmanager
     async def payments_served(self) -> AsyncIterator[None]:
         engine = create_engine(self.secret("payments_app"), self.target("payments"))
-        self.mischief = Mischief(create_payments(Ledger(PaymentsDatabase(engine), LIMIT), _report))
+        self.mischief = Mischief(create_payments(Ledger(Database(engine), LIMIT), _report))
         async with served(
             self.mischief, self.sources[PAYMENTS], load_policy(PAYMENTS_POLICY), self.payments_audit
         ) as port:
@@ -213,7 +212,7 @@ class Shop:
     ) -> AsyncIterator[OrdersReplica]:
         """A replica of orders with its own pool, its own connections to payments and its own client."""
         engine = create_engine(self.secret("orders_app"), self.target("orders"), pool_size=10)
-        store = Orders(OrdersDatabase(engine))
+        store = Orders(Database(engine))
         async with AsyncClient(source or self.sources[ORDERS], peer=peer, base_url=self.url) as to_payments:
             payments = Payments(to_payments, retry)
             checkout = Checkout(store, payments)
@@ -223,19 +222,12 @@ class Shop:
         await engine.dispose()
 
     def client_of(self, app: Any, caller: str) -> httpx.AsyncClient:
-        source = self.sources[ORDERS]
-        peer = verify_peer(self.ca.issue(caller).chain, source.context.bundles, datetime.now(UTC))
-        connection = Connection("callee", source.context, peer, None, "TLSv1.3", "TLS_AES_256_GCM_SHA384")
-        audit = AuditLog("orders", io.StringIO())
         policy = load_policy(ORDERS_POLICY)
         if caller != FRONTEND:  # another caller that some other policy would allow
             rule = {"name": "other", "callers": [caller], "methods": ["GET", "POST"]}
             paths = ["/orders", "/orders/{id}"]
             policy = Policy.parse({"version": 1, "rules": [rule | {"paths": paths}]})
-        guarded = Guard(app, source=source, policy=policy, audit=audit)
-        return httpx.AsyncClient(
-            transport=httpx.ASGITransport(BindConnection(guarded, connection)), base_url="https://orders"
-        )
+        return calling_as(app, caller, policy, callee_id=ORDERS)
 
     async def sql(self, database: str, query: str, *parameters: object) -> list[Any]:
         """Ask a database as its administrator."""
@@ -319,8 +311,8 @@ async def open_shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[S
                 name, app_password=passwords[f"{name}_app"], owner_password=passwords[f"{name}_owner"]
             )
         shop = Shop(server, passwords)
-        await shop.migrate("orders", orders.migrate.upgrade)
-        await shop.migrate("payments", payments.migrate.upgrade)
+        await shop.migrate("orders", ORDERS_MIGRATIONS)
+        await shop.migrate("payments", PAYMENTS_MIGRATIONS)
         async with shop.payments_served():
             yield shop
 
@@ -760,7 +752,7 @@ async def test_the_application_role_cannot(shop: Shop, statement: str, refused_a
 async def test_migrating_again_changes_nothing_and_models_match(shop: Shop) -> None:
     def differences() -> list[Any]:
         engine = sync_engine(shop.secret("orders_owner"), shop.target("orders"))
-        orders.migrate.upgrade(engine)
+        ORDERS_MIGRATIONS.upgrade(engine)
         with engine.connect() as connection:
             return list(compare_metadata(MigrationContext.configure(connection), Base.metadata))
 

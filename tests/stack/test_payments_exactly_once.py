@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import secrets
 import signal
@@ -11,7 +10,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -25,20 +23,15 @@ from psycopg import errors
 from sqlalchemy import text
 
 from payments.app import create_app
-from payments.database import Database
 from payments.ledger import Ledger
-from payments.migrate import upgrade
+from payments.migrations import MIGRATIONS
 from payments.models import Base
 from ztdev.postgres import PostgresServer
-from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.database import DatabaseTarget, create_engine, sync_engine
-from ztmtls.guard import BindConnection, Guard
 from ztmtls.secrets import SecretValue
-from ztmtls.source import StaticSource
-from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import Connection
-from ztmtls.verify import verify_peer
+from ztmtls.testing import calling_as
+from ztmtls.transactions import Database
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -104,25 +97,14 @@ async def _no_status() -> dict[str, Any]:
 
 def _client(app: Any, caller: str) -> httpx.AsyncClient:
     """Calls `app` behind the guard, on a connection whose peer was verified to be `caller`."""
-    ca = CertificateAuthority("zt.example")
-    source = StaticSource(ca.context(ca.issue(PAYMENTS)))
-    peer = verify_peer(ca.issue(caller).chain, source.context.bundles, datetime.now(UTC))
-    connection = Connection("callee", source.context, peer, None, "TLSv1.3", "TLS_AES_256_GCM_SHA384")
     everything = {
         "name": "everything",
         "callers": [caller],
         "methods": ["GET", "POST"],
         "paths": ["/payments", "/payments/{id}", "/payments/by-key/{key}", "/payments/{id}/refunds"],
     }
-    guarded = Guard(
-        app,
-        source=source,
-        policy=Policy.parse({"version": 1, "rules": [everything]}),
-        audit=AuditLog("payments", io.StringIO()),
-    )
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(BindConnection(guarded, connection)), base_url="https://payments"
-    )
+    policy = Policy.parse({"version": 1, "rules": [everything]})
+    return calling_as(app, caller, policy, callee_id=PAYMENTS)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -135,7 +117,7 @@ async def bank(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bank]:
         await server.ensure_service("payments", app_password=app, owner_password=owner)
         bank = Bank(server, FixedSecret("payments_app", app), FixedSecret("payments_owner", owner))
         engine = sync_engine(bank.owner_secret, bank.target)
-        await asyncio.to_thread(upgrade, engine)
+        await asyncio.to_thread(MIGRATIONS.upgrade, engine)
         engine.dispose()
         yield bank
 
@@ -549,7 +531,7 @@ async def test_migrating_again_changes_nothing_and_models_match(bank: Bank) -> N
     def differences() -> list[Any]:
         engine = sync_engine(bank.owner_secret, bank.target)
         try:
-            upgrade(engine)
+            MIGRATIONS.upgrade(engine)
             with engine.connect() as connection:
                 return list(compare_metadata(MigrationContext.configure(connection), Base.metadata))
         finally:

@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ztmtls.fastapi import Hop, Peer, Problem, field_name, install, problem, problem_body
-from ztmtls.reasons import Reason, Refusal
+from ztmtls.reasons import NoDatabase, Reason, Refusal
 
 CANARY = "Zz-CANARY-%40/:#"
 MEMBERS = {"type", "title", "status", "detail", "reason"}
@@ -70,6 +70,10 @@ def make_app() -> FastAPI:
     @app.get("/refusal/{reason}")
     async def refused(reason: str) -> None:
         raise Refusal(Reason(reason), f"connection to {CANARY} failed")
+
+    @app.get("/no-database/{reason}")
+    async def no_database(reason: str) -> None:
+        raise NoDatabase(Reason(reason), f"login of {CANARY} refused")
 
     @app.get("/http/{status}")
     async def http(status: int) -> None:
@@ -185,6 +189,23 @@ async def test_refusal_of_something_needed_is_503_with_its_reason_only(
     response = await client.get(f"/refusal/{reason}")
 
     assert document(response, 503, reason)["detail"] == ""
+    assert "CANARY" not in response.text
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.DATABASE_UNAVAILABLE, Reason.DATABASE_DENIED, Reason.SECRET_UNAVAILABLE]
+)
+async def test_without_its_database_a_request_may_come_again(
+    client: httpx.AsyncClient, reason: Reason
+) -> None:
+    response = await client.get(f"/no-database/{reason}")
+
+    body = document(response, 503, reason)
+    assert response.headers["Retry-After"] == "1"
+    assert body["title"] == "The database can't be used at the moment"
+    assert body["detail"] == (
+        "Nothing is lost: repeat the request, with the same Idempotency-Key if it had one."
+    )
     assert "CANARY" not in response.text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -22,16 +21,12 @@ from orders.payments import Payments, Refused
 from orders.schemas import Link
 from orders.settings import PACKAGED_POLICY
 from orders.store import Orders
-from ztmtls.audit import AuditLog
 from ztmtls.authz import load_policy
-from ztmtls.guard import BindConnection, Guard
 from ztmtls.ids import SpiffeId
 from ztmtls.reasons import Reason
-from ztmtls.source import StaticSource
-from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import Connection
-from ztmtls.verify import verify_peer
+from ztmtls.testing import calling_as
 
+POLICY = load_policy(PACKAGED_POLICY)
 NAMESPACE = "spiffe://zt.example/ns/zt-demo/sa"
 FRONTEND = f"{NAMESPACE}/frontend"
 BODY = {"items": [{"sku": "mug-stoneware", "quantity": 2}]}
@@ -88,22 +83,9 @@ def app(checkout: FakeCheckout) -> FastAPI:
     )
 
 
-def client_of(app: FastAPI, caller: str) -> httpx.AsyncClient:
-    """Calls `app` as the server runs it: behind the guard and the packaged policy, as a verified `caller`."""
-    ca = CertificateAuthority("zt.example")
-    source = StaticSource(ca.context(ca.issue(f"{NAMESPACE}/orders")))
-    peer = verify_peer(ca.issue(caller).chain, source.context.bundles, datetime.now(UTC))
-    connection = Connection("callee", source.context, peer, None, "TLSv1.3", "TLS_AES_256_GCM_SHA384")
-    audit = AuditLog("orders", io.StringIO())
-    guarded = Guard(app, source=source, policy=load_policy(PACKAGED_POLICY), audit=audit)
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(BindConnection(guarded, connection)), base_url="https://orders"
-    )
-
-
 @pytest.fixture
 async def frontend(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app, FRONTEND) as client:
+    async with calling_as(app, FRONTEND, POLICY) as client:
         yield client
 
 
@@ -200,7 +182,7 @@ async def test_nobody_else_does(
     app: FastAPI, checkout: FakeCheckout, frontend: httpx.AsyncClient, caller: str
 ) -> None:
     assert (await _place(frontend)).status_code == 201
-    async with client_of(app, caller) as stranger:
+    async with calling_as(app, caller, POLICY) as stranger:
         answer = await _place(
             stranger, **{"X-Spiffe-Id": FRONTEND, "X-Forwarded-Client-Cert": f"URI={FRONTEND}"}
         )
@@ -281,7 +263,7 @@ def _routes() -> list[APIRoute]:
 
 
 def test_the_policy_names_every_route_and_nothing_more() -> None:
-    rules = load_policy(PACKAGED_POLICY).rules
+    rules = POLICY.rules
     served = {(method, _shape(route.path)) for route in _routes() for method in route.methods or ()}
     named = {(method, _shape(path)) for rule in rules for method in rule.methods for path in rule.paths}
 

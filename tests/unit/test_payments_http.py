@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -15,19 +14,15 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from payments.app import create_app, router
-from payments.idempotency import fingerprint
 from payments.ledger import Ledger, Receipt
 from payments.models import Charge
 from payments.settings import PACKAGED_POLICY
-from ztmtls.audit import AuditLog
 from ztmtls.authz import load_policy
-from ztmtls.guard import BindConnection, Guard
+from ztmtls.idempotency import fingerprint
 from ztmtls.ids import SpiffeId
-from ztmtls.source import StaticSource
-from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import Connection
-from ztmtls.verify import verify_peer
+from ztmtls.testing import calling_as
 
+POLICY = load_policy(PACKAGED_POLICY)
 NAMESPACE = "spiffe://zt.example/ns/zt-demo/sa"
 ORDERS = f"{NAMESPACE}/orders"
 BODY = {"order_id": str(uuid4()), "amount": 2190, "currency": "EUR"}
@@ -58,22 +53,9 @@ def app(ledger: FakeLedger) -> FastAPI:
     return create_app(cast(Ledger, ledger), status_report)
 
 
-def client_of(app: FastAPI, caller: str) -> httpx.AsyncClient:
-    """Calls `app` as the server runs it: behind the guard and the packaged policy, as a verified `caller`."""
-    ca = CertificateAuthority("zt.example")
-    source = StaticSource(ca.context(ca.issue(f"{NAMESPACE}/payments")))
-    peer = verify_peer(ca.issue(caller).chain, source.context.bundles, datetime.now(UTC))
-    connection = Connection("callee", source.context, peer, None, "TLSv1.3", "TLS_AES_256_GCM_SHA384")
-    audit = AuditLog("payments", io.StringIO())
-    guarded = Guard(app, source=source, policy=load_policy(PACKAGED_POLICY), audit=audit)
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(BindConnection(guarded, connection)), base_url="https://payments"
-    )
-
-
 @pytest.fixture
 async def orders(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app, ORDERS) as client:
+    async with calling_as(app, ORDERS, POLICY) as client:
         yield client
 
 
@@ -94,7 +76,7 @@ async def test_nobody_else_does(
     app: FastAPI, ledger: FakeLedger, orders: httpx.AsyncClient, caller: str
 ) -> None:
     assert (await _charge(orders)).status_code == 201
-    async with client_of(app, caller) as stranger:
+    async with calling_as(app, caller, POLICY) as stranger:
         answer = await _charge(
             stranger, **{"X-Forwarded-Client-Cert": f"URI={ORDERS}", "X-Spiffe-Id": ORDERS, "From": ORDERS}
         )
@@ -194,16 +176,11 @@ def _routes() -> list[APIRoute]:
 def test_the_policy_names_every_route_and_nothing_more() -> None:
     served = {(method, _shape(route.path)) for route in _routes() for method in route.methods or ()}
     named = {
-        (method, _shape(path))
-        for rule in load_policy(PACKAGED_POLICY).rules
-        for method in rule.methods
-        for path in rule.paths
+        (method, _shape(path)) for rule in POLICY.rules for method in rule.methods for path in rule.paths
     }
 
     assert served == named
-    assert {caller for rule in load_policy(PACKAGED_POLICY).rules for caller in rule.callers} == {
-        SpiffeId.parse(ORDERS)
-    }
+    assert {caller for rule in POLICY.rules for caller in rule.callers} == {SpiffeId.parse(ORDERS)}
 
 
 def _shape(path: str) -> str:

@@ -12,13 +12,16 @@ from typing import Any, cast
 
 import pytest
 
-from payments.database import Database
-from payments.health import DatabaseHealth, StartupTimeout, wait_for
-from payments.migrate import revisions
-from payments.settings import MigrationSettings, Settings
-from ztmtls.fastapi import Problem
+from payments.migrations import MIGRATIONS
+from payments.settings import Settings
+from ztmtls.database import NoDatabase
+from ztmtls.lifecycle import StartupTimeout, wait_for
+from ztmtls.migrations import DatabaseHealth
 from ztmtls.reasons import Reason
-from ztmtls.settings import load
+from ztmtls.settings import MigrationSettings, load
+from ztmtls.transactions import Database
+
+NEWEST = MIGRATIONS.revisions()[0]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -123,17 +126,17 @@ class FakeDatabase:
 
 
 def _health(*answers: str | Exception | None) -> DatabaseHealth:
-    return DatabaseHealth(cast(Database, FakeDatabase(*answers)))
+    return DatabaseHealth(cast(Database, FakeDatabase(*answers)), MIGRATIONS)
 
 
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (revisions()[0], None),
+        (NEWEST, None),
         ("9999", None),
-        (None, f"migrations are pending: the schema is at None, this code needs {revisions()[0]}"),
-        (Problem(503, Reason.DATABASE_UNAVAILABLE, "away"), "database_unavailable"),
-        (Problem(503, Reason.SECRET_DENIED, "no"), "secret_denied"),
+        (None, f"migrations are pending: the schema is at None, this code needs {NEWEST}"),
+        (NoDatabase(Reason.DATABASE_UNAVAILABLE, "away"), "database_unavailable"),
+        (NoDatabase(Reason.SECRET_DENIED, "no"), "secret_denied"),
     ],
 )
 async def test_health_says_what_is_wrong(answer: str | Exception | None, fault: str | None) -> None:
@@ -141,8 +144,8 @@ async def test_health_says_what_is_wrong(answer: str | Exception | None, fault: 
 
 
 async def test_health_does_not_ask_twice_in_a_moment() -> None:
-    database = FakeDatabase(revisions()[0], RuntimeError("asked again"))
-    health = DatabaseHealth(cast(Database, database))
+    database = FakeDatabase(NEWEST, RuntimeError("asked again"))
+    health = DatabaseHealth(cast(Database, database), MIGRATIONS)
 
     assert await asyncio.gather(*(health.check() for _ in range(5))) == [None] * 5
 

@@ -42,7 +42,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
-from .reasons import Reason, Refusal, printable
+from .reasons import NoDatabase, Reason, Refusal, printable
 
 __all__ = [
     "DatabaseTarget",
@@ -109,10 +109,6 @@ class DatabaseTarget:
     port: int
     name: str
     ca_file: str | PathLike[str]
-
-
-class NoDatabase(Refusal):
-    """No connection to the database could be made. The reason says why, the detail what to look at."""
 
 
 def create_engine(

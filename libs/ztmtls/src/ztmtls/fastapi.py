@@ -1,4 +1,4 @@
-"""ztmtls in a FastAPI application: the verified peer as a dependency, refusals as problem documents.
+"""ztmtls in a FastAPI application: the verified peer and the idempotency key, refusals as problem documents.
 
 Problem documents follow RFC 9457. Their `reason` is the stable code that the audit log and the metrics
 use too.
@@ -11,15 +11,16 @@ import logging
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Path
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from .hop import HopView
+from .idempotency import KEY
 from .identity import request_identity
-from .reasons import Reason, Refusal, printable
+from .reasons import NoDatabase, Reason, Refusal, printable
 from .verify import VerifiedPeer
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,42 @@ Hop = Annotated[HopView, Depends(_hop)]
 """What this service verified about its caller on this request, with the rule that allowed it."""
 
 
+async def _idempotency_key(request: Request) -> str:
+    values = request.headers.getlist("idempotency-key")
+    if not any(values):
+        raise Problem(
+            400,
+            Reason.IDEMPOTENCY_KEY_MISSING,
+            "Idempotency-Key is missing",
+            "Name this action with an Idempotency-Key header, and repeat it with the same key.",
+        )
+    if len(values) > 1 or not KEY.fullmatch(values[0]):
+        raise Problem(
+            400,
+            Reason.IDEMPOTENCY_KEY_INVALID,
+            "Idempotency-Key is malformed",
+            "Send one Idempotency-Key of 1 to 128 characters out of A-Z a-z 0-9 . _ ~ -",
+        )
+    return values[0]
+
+
+IdempotencyKey = Annotated[str, Depends(_idempotency_key)]
+"""The request's Idempotency-Key, or a 400 problem. Checked before the body is."""
+
+IdempotencyKeyInPath = Annotated[str, Path(pattern=f"^{KEY.pattern}$")]
+"""The same as a segment of the path."""
+
+
+def key_reused() -> Problem:
+    """The key already names another action of this caller."""
+    return Problem(
+        422,
+        Reason.IDEMPOTENCY_KEY_REUSED,
+        "Idempotency-Key already names another request",
+        "This key was used with a different body. Use a new key for a new action.",
+    )
+
+
 def install(app: FastAPI) -> None:
     """Answer every failure of `app` with a problem document; details of unexpected ones stay in the log."""
     app.add_exception_handler(Problem, _on_problem)
@@ -118,6 +155,14 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     if error.reason is Reason.NO_PEER:
         return problem(403, error.reason, "Refused", error.detail)
     logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    if isinstance(error, NoDatabase):
+        return problem(
+            503,
+            error.reason,
+            "The database can't be used at the moment",
+            "Nothing is lost: repeat the request, with the same Idempotency-Key if it had one.",
+            headers={"Retry-After": "1"},
+        )
     return problem(503, error.reason, "A part this request needs is not available")
 
 

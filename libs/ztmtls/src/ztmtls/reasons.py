@@ -94,6 +94,10 @@ class Refusal(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+class NoDatabase(Refusal):
+    """The database can't be used at the moment. The reason says why, the detail what to look at."""
+
+
 def printable(text: str, limit: int = 256) -> str:
     """Return untrusted `text` on one line, control characters escaped, cut at `limit` characters."""
     escaped = text[: limit + 1].encode("unicode_escape").decode("ascii")

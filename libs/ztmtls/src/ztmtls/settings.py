@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -13,6 +13,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from .ids import InvalidSpiffeId, SpiffeId
 from .reasons import printable
 from .workload_endpoint import parse_endpoint
+
+if TYPE_CHECKING:
+    from .audit import AuditLog
+    from .database import DatabaseTarget
+    from .secrets import RotatingSecret
 
 EX_CONFIG = 78
 """Exit status for a configuration fault (sysexits.h)."""
@@ -44,6 +49,7 @@ EndpointSetting = Annotated[str, AfterValidator(_endpoint)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class ServiceSettings(BaseSettings):
@@ -59,9 +65,7 @@ class ServiceSettings(BaseSettings):
     port: Port = Field(description="port the service listens on")
     probe_host: str = Field("127.0.0.1", description="address of the probes")
     probe_port: Port = Field(description="port of the probes: /livez, /readyz, /metrics")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="ordinary logs from this level up"
-    )
+    log_level: LogLevel = Field("info", description="ordinary logs from this level up")
     http: Literal["auto", "h11", "httptools"] = Field("auto", description="HTTP parser")
     loop: Literal["auto", "asyncio", "uvloop"] = Field("auto", description="event loop")
     startup_timeout_seconds: Seconds = Field(
@@ -71,6 +75,53 @@ class ServiceSettings(BaseSettings):
         0, description="after SIGTERM, go on accepting for this long while readiness is red"
     )
     grace_seconds: Seconds = Field(10, description="then let requests in flight finish for this long")
+
+
+class DatabaseSettings(BaseSettings):
+    """The database, and how its credentials are fetched: from Secrets Manager, by web identity."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    db_host: str = Field(min_length=1, description="host of PostgreSQL, as its certificate names it")
+    db_port: Port = Field(5432, description="port of PostgreSQL")
+    db_name: str = Field(min_length=1, description="name of the database")
+    db_ca_file: ExistingFile = Field(description="PEM file with the CA of the database's certificate")
+    db_secret_id: str = Field(min_length=1, description="name or ARN of the secret with user and password")
+    aws_role_arn: str = Field(min_length=1, description="role to assume; IRSA sets it")
+    aws_web_identity_token_file: Path = Field(
+        description="file with the service account's token; IRSA sets it"
+    )
+    aws_region: str = Field(min_length=1, description="AWS region; IRSA sets it")
+    aws_endpoint_url: str | None = Field(None, description="another address for the AWS APIs")
+
+    # The extras `database` and `aws` are for services that have a database.
+
+    def database_target(self) -> DatabaseTarget:
+        """Where the database is."""
+        from .database import DatabaseTarget
+
+        return DatabaseTarget(self.db_host, self.db_port, self.db_name, self.db_ca_file)
+
+    def database_secret(self, audit: AuditLog) -> RotatingSecret:
+        """The login, not fetched yet. Raises `ztmtls.secrets.CredentialsRefused` for other AWS credentials
+        in the environment."""
+        from .secrets import RotatingSecret, WebIdentity
+
+        return RotatingSecret(
+            self.db_secret_id,
+            WebIdentity.from_env(),
+            endpoint_url=self.aws_endpoint_url,
+            audit=audit,
+        )
+
+
+class MigrationSettings(DatabaseSettings):
+    """Settings of a service's ``migrate`` command, which logs in as the owner of the schema."""
+
+    log_level: LogLevel = Field("info", description="ordinary logs from this level up")
+    startup_timeout_seconds: Seconds = Field(
+        0, description="give up when the database can't be used after this long; 0 waits for ever"
+    )
 
 
 S = TypeVar("S", bound=BaseSettings)

@@ -9,12 +9,11 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 
-from ztmtls.fastapi import Hop, Peer, Problem, install
+from ztmtls.fastapi import Hop, IdempotencyKey, Peer, Problem, install
 from ztmtls.reasons import Reason
 
 from . import models
 from .checkout import Checkout
-from .idempotency import IdempotencyKey
 from .payments import SERVICE as PAYMENTS
 from .payments import Payments, Refused
 from .schemas import (

@@ -13,11 +13,13 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.selectable import TypedReturnsRows
 
-from ztmtls.fastapi import Problem
+from ztmtls.database import database_use
+from ztmtls.fastapi import Problem, key_reused
+from ztmtls.idempotency import fingerprint
 from ztmtls.reasons import Reason
+from ztmtls.transactions import Database
 
-from .database import Database, database_use
-from .idempotency import fingerprint, key_reused
+from . import SERVICE
 from .models import Order, OrderItem, Product
 from .payments import Charged, Declined, Refused
 from .schemas import Link, OrderRequest
@@ -64,7 +66,7 @@ class Orders:
                         currency="EUR",
                         next_attempt_at=func.now() + LEFT_ALONE,
                         links=[arrival.as_dict()],
-                        databases=[await database_use(session)],
+                        databases=[await _database_use(session)],
                     )
                     .on_conflict_do_nothing(index_elements=["caller", "idempotency_key"])
                     .returning(Order)
@@ -169,7 +171,11 @@ class Orders:
 
     async def database_use(self) -> dict[str, Any]:
         """Who we are to the database at this moment."""
-        return await self._database.run(database_use)
+        return await self._database.run(_database_use)
+
+
+async def _database_use(session: AsyncSession) -> dict[str, Any]:
+    return {"service": SERVICE, **await database_use(await session.connection())}
 
 
 async def _all(session: AsyncSession, query: TypedReturnsRows[T]) -> Sequence[T]:

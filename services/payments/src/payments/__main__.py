@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from ztmtls import server
-from ztmtls.settings import load
+from ztmtls.settings import MigrationSettings, load
 
 from .service import migrate, serve
-from .settings import MigrationSettings, Settings
+from .settings import Settings
 
 
 def main() -> None:

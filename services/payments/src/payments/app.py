@@ -8,9 +8,8 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
-from ztmtls.fastapi import Hop, Peer, install
+from ztmtls.fastapi import Hop, IdempotencyKey, IdempotencyKeyInPath, Peer, install
 
-from .idempotency import IdempotencyKey, KeyInPath
 from .ledger import Ledger, Receipt
 from .schemas import (
     ChargeRequest,
@@ -92,7 +91,7 @@ async def show(payment_id: UUID, peer: Peer, hop: Hop, ledger: LedgerOfApp) -> P
 
 
 @router.get("/payments/by-key/{key}")
-async def show_by_key(key: KeyInPath, peer: Peer, hop: Hop, ledger: LedgerOfApp) -> PaymentAnswer:
+async def show_by_key(key: IdempotencyKeyInPath, peer: Peer, hop: Hop, ledger: LedgerOfApp) -> PaymentAnswer:
     """The payment behind a key of this caller: how to learn the outcome of an unanswered charge."""
     receipt = await ledger.find_by_key(str(peer.id), key)
     return PaymentAnswer(payment=_payment(receipt), seen_by_callee=hop.as_dict(), database=receipt.database)

@@ -15,11 +15,13 @@ from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ztmtls.fastapi import Problem
+from ztmtls.database import database_use
+from ztmtls.fastapi import Problem, key_reused
+from ztmtls.idempotency import fingerprint
 from ztmtls.reasons import Reason
+from ztmtls.transactions import Database
 
-from .database import Database, database_use
-from .idempotency import fingerprint, key_reused
+from . import SERVICE
 from .models import Charge, Entry, Refund
 from .schemas import ChargeRequest, RefundRequest
 
@@ -57,7 +59,7 @@ class Ledger:
                 .on_conflict_do_nothing(index_elements=["caller", "idempotency_key"])
                 .returning(Charge)
             )
-            use = await database_use(session)
+            use = await _database_use(session)
             if charge is None:
                 winner = (await session.scalars(_charge_by_key(caller, key))).one()
                 if winner.fingerprint != digest:
@@ -81,7 +83,7 @@ class Ledger:
         async def work(session: AsyncSession) -> Receipt:
             # The row lock puts all refunds of this charge in a queue; each sees the sum of those before.
             charge = await session.scalar(_charge_by_id(caller, payment_id).with_for_update())
-            use = await database_use(session)
+            use = await _database_use(session)
             if charge is None:
                 raise _no_such_payment()
             done = await session.scalar(_refund_by_key(caller, key))
@@ -107,7 +109,11 @@ class Ledger:
 
     async def database_use(self) -> dict[str, Any]:
         """Who we are to the database at this moment."""
-        return await self._database.run(database_use)
+        return await self._database.run(_database_use)
+
+
+async def _database_use(session: AsyncSession) -> dict[str, Any]:
+    return {"service": SERVICE, **await database_use(await session.connection())}
 
 
 def _charge_by_key(caller: str, key: str) -> Select[Charge]:
@@ -152,7 +158,7 @@ async def _read(session: AsyncSession, query: Select[Charge]) -> Receipt:
     charge = await session.scalar(query)
     if charge is None:
         raise _no_such_payment()
-    use = await database_use(session)
+    use = await _database_use(session)
     return Receipt(charge, charge.refunded, replayed=True, database=use)
 
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 from ztmtls import logs, server
 from ztmtls.audit import AuditLog
 from ztmtls.authz import PolicyFile
-from ztmtls.database import DatabaseTarget, create_engine, keep_fresh, sync_engine
-from ztmtls.fastapi import Problem
+from ztmtls.database import NoDatabase, create_engine, keep_fresh, sync_engine
+from ztmtls.lifecycle import beside, wait_for
+from ztmtls.migrations import DatabaseHealth
 from ztmtls.probes import Probes
-from ztmtls.reasons import Refusal
-from ztmtls.secrets import RotatingSecret, WebIdentity
+from ztmtls.settings import MigrationSettings
 from ztmtls.source import X509Source
+from ztmtls.transactions import Database
 
+from . import SERVICE
 from .app import create_app
-from .database import SERVICE, Database
-from .health import DatabaseHealth, wait_for
 from .ledger import Ledger
-from .migrate import upgrade
-from .settings import DatabaseSettings, MigrationSettings, Settings
+from .migrations import MIGRATIONS
+from .settings import Settings
 
 
 async def serve(settings: Settings) -> None:
@@ -32,10 +29,10 @@ async def serve(settings: Settings) -> None:
     audit = AuditLog(SERVICE)
     policy = PolicyFile(settings.policy_file)
     source = X509Source(settings.spiffe_endpoint_socket, expected_id=settings.spiffe_id)
-    secret = _secret(settings, audit)
-    engine = create_engine(secret, _target(settings), application_name=SERVICE)
+    secret = settings.database_secret(audit)
+    engine = create_engine(secret, settings.database_target(), application_name=SERVICE)
     database = Database(engine)
-    health = DatabaseHealth(database)
+    health = DatabaseHealth(database, MIGRATIONS)
     ledger = Ledger(database, settings.charge_limit)
     probes = Probes(
         settings.probe_host,
@@ -48,7 +45,7 @@ async def serve(settings: Settings) -> None:
     async def status_report() -> dict[str, Any]:
         try:
             use = await ledger.database_use()
-        except Problem:
+        except NoDatabase:
             use = None
         return {"identity": source.status().as_dict(), "credentials": secret.status(), "database": use}
 
@@ -60,7 +57,7 @@ async def serve(settings: Settings) -> None:
         stack.push_async_callback(engine.dispose)
         await source.ready(patience)
         await wait_for(health.check, patience)
-        await stack.enter_async_context(_beside(keep_fresh(engine)))
+        await stack.enter_async_context(beside(keep_fresh(engine)))
         await server.serve(
             create_app(ledger, status_report),
             source=source,
@@ -78,41 +75,9 @@ async def serve(settings: Settings) -> None:
 async def migrate(settings: MigrationSettings) -> None:
     """Bring the schema up to date, as soon as the database can be used."""
     logs.setup(SERVICE, settings.log_level)
-    secret = _secret(settings, AuditLog(SERVICE))
-    engine = sync_engine(secret, _target(settings), application_name=f"{SERVICE}-migrate")
-
-    async def attempt() -> str | None:
-        try:
-            await asyncio.to_thread(upgrade, engine)
-        except Refusal as refusal:
-            return str(refusal)
-        return None
-
+    secret = settings.database_secret(AuditLog(SERVICE))
+    engine = sync_engine(secret, settings.database_target(), application_name=f"{SERVICE}-migrate")
     try:
-        await wait_for(attempt, settings.startup_timeout_seconds or None)
+        await MIGRATIONS.upgrade_when_possible(engine, settings.startup_timeout_seconds or None)
     finally:
         secret.close()
-
-
-def _secret(settings: DatabaseSettings, audit: AuditLog) -> RotatingSecret:
-    return RotatingSecret(
-        settings.db_secret_id,
-        WebIdentity.from_env(os.environ),
-        endpoint_url=settings.aws_endpoint_url,
-        audit=audit,
-    )
-
-
-def _target(settings: DatabaseSettings) -> DatabaseTarget:
-    return DatabaseTarget(settings.db_host, settings.db_port, settings.db_name, settings.db_ca_file)
-
-
-@asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
-    """Let `work` run as long as the block does."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})

@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs the steps on the connection that `orders.migrate` opened."""
+"""Alembic's entry point: runs the steps on the connection that `ztmtls.migrations` opened."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""Transactions: run as a whole, again as a whole when PostgreSQL asks for it, or answered with a 503."""
+"""Transactions: run as a whole, again as a whole when PostgreSQL asks for it, or refused as a whole."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from ztmtls import database as ztmtls_database
-from ztmtls.fastapi import Problem
-from ztmtls.reasons import Reason, Refusal
+from .reasons import NoDatabase, Reason, Refusal
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-SERVICE = "payments"
 
 ATTEMPTS = 4
 NO_NEW_ATTEMPT_AFTER_SECONDS = 5.0
@@ -55,7 +51,8 @@ class Database:
         few times. That is safe only because `work` touches nothing but the database, and each of its
         writes is guarded by a unique key: a commit whose answer was lost is found by the next run.
 
-        Raises `Problem` 503 when the database can't be reached or stays busy.
+        Raises `NoDatabase` when the database can't be reached or stays busy. Then nothing is lost: the
+        same may be asked for again.
         """
         clock = asyncio.get_running_loop().time
         end = clock() + NO_NEW_ATTEMPT_AFTER_SECONDS
@@ -68,15 +65,10 @@ class Database:
                     raise
                 if attempt == ATTEMPTS or clock() > end or not _worth_repeating(error):
                     logger.warning("the database can't be used: %s", _name(error))
-                    raise _unavailable(error) from error
+                    raise _no_database(error) from error
                 logger.info("transaction runs again (attempt %d): %s", attempt + 1, _name(error))
             await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
         raise AssertionError("unreachable")
-
-
-async def database_use(session: AsyncSession) -> dict[str, Any]:
-    """Who we are to the database in this transaction, asked of the database itself."""
-    return {"service": SERVICE, **await ztmtls_database.database_use(await session.connection())}
 
 
 def _set_session_limits(connection: Any, _record: object) -> None:
@@ -115,11 +107,7 @@ def _name(error: Exception) -> str:
     return f"{type(getattr(error, 'orig', error)).__name__} {_sqlstate(error) or ''}".strip()
 
 
-def _unavailable(error: Exception) -> Problem:
-    return Problem(
-        503,
-        error.reason if isinstance(error, Refusal) else Reason.DATABASE_UNAVAILABLE,
-        "The database can't be used at the moment",
-        "Nothing is lost: repeat the request, with the same Idempotency-Key if it had one.",
-        headers={"Retry-After": "1"},
-    )
+def _no_database(error: Exception) -> NoDatabase:
+    if isinstance(error, Refusal):  # of the database, or of the secret: no login, so no database either
+        return NoDatabase(error.reason, error.detail)
+    return NoDatabase(Reason.DATABASE_UNAVAILABLE, _name(error))
