@@ -13,7 +13,8 @@ from fastapi import FastAPI, Header, HTTPException, Query
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ztmtls.fastapi import Hop, Peer, Problem, field_name, install, problem, problem_body
+from ztmtls.fastapi import Hop, Peer, Problem, field_name, install, problem
+from ztmtls.problems import problem_body
 from ztmtls.reasons import NoDatabase, Reason, Refusal
 
 CANARY = "Zz-CANARY-%40/:#"

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +24,7 @@ from .chain import chain_tree
 from .console import Progress, make_console, print_error, process_table, program_name
 from .errors import ExitStatus, NotReady, NotRunning, StackError
 from .events import Steps
+from .interrupts import stop_signals
 from .logfile import LogFile
 from .logview import readable
 from .options import SERVICES, StackOptions
@@ -170,28 +170,6 @@ def _print_ready(
         + "Ctrl-C stops.\n",
         soft_wrap=True,
     )
-
-
-@asynccontextmanager
-async def stop_signals(hurry: Callable[[], None], console: Console) -> AsyncIterator[asyncio.Event]:
-    """The first SIGINT, SIGTERM or SIGHUP sets the event; a second one hurries."""
-    event = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if event.is_set():
-            console.print("Hurrying: what still runs is killed")
-            hurry()
-        event.set()
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield event
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ztmtls.testing import StaticSource
 from .chain import chain_tree
 from .console import Progress
 from .errors import ExitStatus, StackError
+from .interrupts import stop_signals
 from .options import NAMESPACE, TRUST_DOMAIN, StackOptions, spiffe_id
 from .shop import Visitor
 from .stack import Stack
@@ -47,8 +48,6 @@ class Refusal:
 
 async def run_demo(options: StackOptions, console: Console, progress: Progress) -> ExitStatus:
     """Start, order, be refused twice, stop."""
-    from .cli import stop_signals
-
     began = time.monotonic()
     stack = Stack(options)
     async with stop_signals(stack.hurry, console) as stop:

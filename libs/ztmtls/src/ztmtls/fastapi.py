@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path
@@ -20,6 +19,7 @@ from starlette.exceptions import HTTPException
 from .hop import HopView
 from .idempotency import KEY
 from .identity import request_identity
+from .problems import MEDIA_TYPE, problem_body
 from .reasons import NoDatabase, Reason, Refusal, printable
 from .verify import VerifiedPeer
 
@@ -39,31 +39,10 @@ class Problem(Exception):
         self.extra = extra
 
 
-def problem_body(
-    status: int, reason: Reason, title: str = "", detail: str = "", **extra: Any
-) -> dict[str, Any]:
-    """The members of a problem document: type, title, status, detail, reason, and `extra`."""
-    return {
-        "type": f"urn:ztmtls:problem:{reason}",
-        "title": title or _phrase(status),
-        "status": status,
-        "detail": detail,
-        "reason": str(reason),
-        **extra,
-    }
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return f"Status {status}"
-
-
 class _ProblemResponse(JSONResponse):
     """JSON in ASCII: text from a request may hold lone surrogates, which UTF-8 can't."""
 
-    media_type = "application/problem+json"
+    media_type = MEDIA_TYPE
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -154,8 +133,7 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     if error.reason is Reason.NO_PEER:
         return problem(403, error.reason, "Refused", error.detail)
-    logger.error("%s %s failed: %s", request.method, request.url.path, error)
-    if isinstance(error, NoDatabase):
+    if isinstance(error, NoDatabase):  # the transaction has logged it
         return problem(
             503,
             error.reason,
@@ -163,6 +141,7 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
             "Nothing is lost: repeat the request, with the same Idempotency-Key if it had one.",
             headers={"Retry-After": "1"},
         )
+    logger.error("%s %s failed: %s", request.method, request.url.path, error)
     return problem(503, error.reason, "A part this request needs is not available")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from .audit import AuditLog
 from .authz import Policy, PolicyFile, is_ambiguous
 from .identity import NoPeer, RequestIdentity, request_identity, set_request_identity
+from .problems import MEDIA_TYPE, problem_body
 from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
 from .tls import Connection
@@ -176,17 +177,9 @@ async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
         status, title = 403, "Refused"
     else:
         status, title = 401, "Your identity is no longer accepted on this connection"
-    body = json.dumps(
-        {
-            "type": f"urn:ztmtls:problem:{refusal.reason}",
-            "title": title,
-            "status": status,
-            "detail": refusal.detail,
-            "reason": str(refusal.reason),
-        }
-    ).encode()
+    body = json.dumps(problem_body(status, refusal.reason, title, refusal.detail)).encode()
     headers = [
-        (b"content-type", b"application/problem+json"),
+        (b"content-type", MEDIA_TYPE.encode()),
         (b"content-length", str(len(body)).encode()),
     ]
     if refusal.reason not in _AUTHORIZATION:
