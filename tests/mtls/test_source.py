@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,8 +18,10 @@ from ztmtls.ids import TrustDomain
 from ztmtls.probes import identity_fault
 from ztmtls.reasons import Reason
 from ztmtls.source import NoIdentity, SourceState, X509Source
+from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi, WorkloadIdentity
 from ztmtls.testing.ca import with_other_key
+from ztmtls.tls import GenerationContext
 from ztmtls.workload_endpoint import InvalidEndpoint, parse_endpoint
 
 
@@ -178,6 +181,127 @@ async def test_broken_federated_bundle_costs_only_that_domain(source: X509Source
     await until(lambda: list(source.context.bundles) == [TrustDomain(DOMAIN)])
 
 
+def unloadable(ca: CertificateAuthority) -> bytes:
+    """A bundle that `cryptography` reads and OpenSSL does not: a name that is no UTF-8."""
+    name = next(iter(ca.bundle.authorities[0].subject)).value.encode()
+    return ca.bundle.der().replace(name, b"\xff\xfe" + name[2:])
+
+
+async def test_foreign_authority_that_openssl_cannot_load_costs_only_its_domain(
+    source: X509Source, workload: Workload
+) -> None:
+    friend = CertificateAuthority("friend.example")
+    broken = CertificateAuthority("broken.example")
+    new = workload.ca.issue(SERVER)
+    workload.push(
+        new,
+        federated={
+            "spiffe://friend.example": friend.bundle.der(),
+            "spiffe://broken.example": unloadable(broken),
+        },
+    )
+    await until(lambda: "OpenSSL can't load the bundle of broken.example" in source.status().reason)
+    assert serial(source) == new.serial
+    assert {str(domain) for domain in source.context.bundles} == {DOMAIN, "friend.example"}
+    GenerationContext.build("callee", source.context, None)
+
+
+async def test_own_authority_that_openssl_cannot_load_discards_the_update(
+    source: X509Source, workload: Workload
+) -> None:
+    before = source.context
+    both = workload.ca.bundle.der() + unloadable(CertificateAuthority(DOMAIN))
+    workload.push_raw(workload.build_response(workload.ca.issue(SERVER), bundle=both))
+    await until(lambda: "OpenSSL can't load the bundle" in source.status().reason)
+    assert source.context == before
+    await rotated(source, workload)
+
+
+async def test_picker_that_fails_discards_the_update(workload: Workload) -> None:
+    picks: list[Callable[[tuple[X509Svid, ...]], Any]] = [lambda svids: svids[0]]
+    async with X509Source(workload.endpoint, picker=lambda svids: picks[-1](svids)) as source:
+        before = await source.ready(5)
+        for pick, said in (
+            (lambda svids: svids[7], "the picker failed with IndexError"),
+            (lambda svids: None, "the picker chose none"),
+        ):
+            picks.append(pick)
+            workload.rotate()
+            await until(lambda said=said: said in source.status().reason)  # type: ignore[misc]
+            assert source.context == before
+            assert workload.streams == 1, "the stream lives on"
+        picks.append(lambda svids: svids[0])
+        await rotated(source, workload)
+
+
+async def test_subscriber_cannot_end_the_source(source: X509Source, workload: Workload) -> None:
+    def troublesome() -> None:
+        raise asyncio.CancelledError
+
+    source.subscribe(troublesome)
+    await rotated(source, workload)
+    await rotated(source, workload)
+
+
+async def test_agent_that_answers_late_gives_a_lost_identity_back(
+    ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slower than the first patience: waiting longer each time, we hear it in the end."""
+    monkeypatch.setattr("ztmtls.source._URGENT_ANSWER", 0.2)
+    async with agent(ca, svid_ttl=2) as workload, X509Source(workload.endpoint) as source:
+        await source.ready(5)
+        workload.hang()
+        await until(lambda: source.state is SourceState.EXPIRED, 10)
+        silences = source.status().failures
+        await until(lambda: source.status().failures >= silences + 3, 20)
+        patience = [source._patience()]
+        workload.resume()
+        await rotated(source, workload)
+    assert patience[0] >= 0.8
+
+
+async def test_agent_that_sends_an_update_and_hangs_up_is_not_stormed(
+    source: X509Source, workload: Workload
+) -> None:
+    delays: list[float] = []
+    opened = asyncio.get_running_loop().time()
+    for _ in range(6):
+        await workload.wait_for_streams(1, 15)
+        delays.append(asyncio.get_running_loop().time() - opened)
+        workload.end(grpc.StatusCode.OK)
+        await workload.wait_for_streams(0, 5)
+        opened = asyncio.get_running_loop().time()
+    assert delays[-1] > 1.0, delays
+
+
+async def test_denials_count_although_other_failures_lie_between(
+    source: X509Source, workload: Workload
+) -> None:
+    workload.redact()
+    async with asyncio.timeout(30):
+        while source.state is not SourceState.DENIED:
+            workload.fail_next(grpc.StatusCode.UNAVAILABLE, 1)
+            calls = workload.calls["FetchX509SVID"]
+            await workload.wait_for_calls(calls + 2, timeout=15)  # one that fails, one that is denied
+    workload.restore()
+    await until(lambda: source.state is SourceState.SERVING, 15)
+
+
+async def test_silent_stream_is_noticed_after_the_wall_clock_jumped(
+    source: X509Source, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a machine slept: the monotonic clock stood still, the SVID ran out meanwhile."""
+    asleep = 24 * 3600.0
+    real = time.time
+    workload.hang()
+    monkeypatch.setattr("ztmtls.source.time.time", lambda: real() + asleep)
+    await until(lambda: "silent" in source.status().reason, 10)
+    assert source.state is SourceState.EXPIRED
+    monkeypatch.undo()
+    workload.resume()
+    await rotated(source, workload)
+
+
 async def test_redacted_identity_is_dropped_within_5_s_and_returns_by_itself(
     source: X509Source, workload: Workload
 ) -> None:
@@ -328,6 +452,16 @@ async def test_closed_source_offers_nothing(workload: Workload) -> None:
     with pytest.raises(NoIdentity):
         _ = source.context
     await workload.wait_for_streams(0)
+
+
+async def test_waiting_on_a_closed_source_ends(workload: Workload) -> None:
+    async with X509Source(workload.endpoint) as source:
+        workload.hang()
+    async with asyncio.timeout(5):
+        with pytest.raises(NoIdentity, match="closed"):
+            await source.ready()
+        with pytest.raises(NoIdentity, match="closed"):
+            await asyncio.to_thread(source.wait)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The Workload API stream, kept alive for as long as the process lives (SPIFFE Workload API section 4).
 
-`X509Source` holds the newest good `svid.X509Context`. It never dies: whatever the agent sends or fails to
-send, it keeps what is still good, stops using what was redacted or has expired, says why, and heals by
-itself.
+`X509Source` holds the newest good `svid.X509Context`. Whatever the agent sends or fails to send, it keeps
+what is still good, stops using what was redacted or has expired, says why, and heals by itself; only closing
+it ends it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import grpc.aio
 from spiffe._proto import workload_pb2, workload_pb2_grpc
 
 from .ids import SpiffeId, TrustDomain
+from .material import check_bundle, check_svid
 from .reasons import Reason, Refusal, printable
 from .svid import InvalidSvid, X509Bundle, X509Context, X509Svid, rfc3339
 from .verify import PeerRefused, verify_peer
@@ -86,7 +87,6 @@ class _Holder:
 
     def __init__(self) -> None:
         self._snapshot: X509Context | None = None
-        self._expires = 0.0
         self._denied = False
         self._closed = False
         self._problem = "no SVID has arrived yet"
@@ -101,7 +101,7 @@ class _Holder:
         """The newest good context. Raises `NoIdentity` when none may be used."""
         snapshot = self._snapshot
         if snapshot is not None and not self._denied and not self._closed:
-            if time.time() < self._expires:
+            if time.time() < snapshot.svid.expires:
                 return snapshot
             raise NoIdentity(
                 Reason.IDENTITY_EXPIRED, f"our SVID expired at {rfc3339(snapshot.svid.not_after)}"
@@ -117,9 +117,10 @@ class _Holder:
             return SourceState.CLOSED
         if self._denied:
             return SourceState.DENIED
-        if self._snapshot is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             return SourceState.STARTING
-        if time.time() >= self._expires:
+        if time.time() >= snapshot.svid.expires:
             return SourceState.EXPIRED
         return SourceState.SERVING if self._connected and not self._problem else SourceState.DEGRADED
 
@@ -133,7 +134,7 @@ class _Holder:
             id=str(svid.id) if svid else None,
             serial=svid.serial if svid else None,
             not_after=rfc3339(svid.not_after) if svid else None,
-            seconds_left=round(self._expires - time.time(), 1) if svid else None,
+            seconds_left=round(svid.expires - time.time(), 1) if svid else None,
             generation=snapshot.generation if snapshot else 0,
             last_update=rfc3339(self._last_update) if self._last_update else None,
             failures=self._failures,
@@ -153,11 +154,10 @@ class _Holder:
     def wait(self, timeout: float | None = None) -> X509Context:
         """Block this thread until there is an identity; for programs without an event loop.
 
-        Raises `NoIdentity` with what is wrong when `timeout` seconds pass.
+        Raises `NoIdentity` with what is wrong when `timeout` seconds pass, or when the source is closed.
         """
         with self._changed:
-            if not self._changed.wait_for(self._usable, timeout):
-                raise NoIdentity(Reason.NO_IDENTITY, self._problem)
+            self._changed.wait_for(self._settled, timeout)
         return self.context
 
     def _usable(self) -> bool:
@@ -165,6 +165,9 @@ class _Holder:
             return bool(self.context)
         except NoIdentity:
             return False
+
+    def _settled(self) -> bool:
+        return self._closed or self._usable()
 
     def _install(
         self, svids: tuple[X509Svid, ...], bundles: dict[TrustDomain, X509Bundle], now: datetime
@@ -174,7 +177,6 @@ class _Holder:
         unchanged = old is not None and not self._denied and new.same_material(old)
         if not unchanged:
             self._snapshot = new
-            self._expires = new.svid.not_after.timestamp()
         self._denied = False
         self._connected = True
         self._problem = ""
@@ -189,7 +191,7 @@ class _Holder:
         for callback in tuple(self._subscribers):
             try:
                 callback()
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # a subscriber's own trouble must not be ours
                 logger.exception("a subscriber of the X.509 source failed")
 
 
@@ -222,12 +224,16 @@ _FUTILE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 # A denial must hold this long before the identity is dropped: entries flap for a moment when a server
 # restarts. Dropping must happen (Workload API section 5.2.1), and well within 5 s.
 DENIAL_GRACE = 2.0
+_DENIAL_MEMORY = 3 * _LONGEST_DELAY
 # When this part of the life that an SVID had left has passed without an update, the stream is opened anew: it
 # may be dead in a way that the socket does not show. Agents renew at half of the life.
 _OVERDUE = 0.75
-# A stream must bring something within this many seconds while we have no identity.
+# A stream must bring something within this many seconds while we have no identity yet. Where one was lost,
+# patience begins short and doubles up to the same: a hung agent is soon left, a slow one is waited for.
 _FIRST_ANSWER = 30.0
 _URGENT_ANSWER = 5.0
+# How often a quiet stream is looked at, in seconds: the wall clock may jump when a machine wakes up.
+_LOOK = 1.0
 
 
 class X509Source(_Holder):
@@ -259,7 +265,9 @@ class X509Source(_Holder):
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attempt = 0
+        self._silences = 0
         self._denied_since: float | None = None
+        self._denied_last = 0.0
         self._last_logged = ""
         self._repeats = 0
 
@@ -312,7 +320,10 @@ class X509Source(_Holder):
         self._notify()
 
     async def ready(self, timeout: float | None = None) -> X509Context:
-        """Wait for an identity. Raises `NoIdentity` with what is wrong when `timeout` seconds pass."""
+        """Wait for an identity.
+
+        Raises `NoIdentity` with what is wrong when `timeout` seconds pass, or when the source is closed.
+        """
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
 
@@ -322,13 +333,11 @@ class X509Source(_Holder):
         unsubscribe = self.subscribe(wake)
         try:
             async with asyncio.timeout(timeout):
-                while not self._usable():
+                while not self._settled():
                     await changed.wait()
                     changed.clear()
         except TimeoutError:
-            raise NoIdentity(
-                Reason.IDENTITY_DENIED if self._denied else Reason.NO_IDENTITY, self._problem
-            ) from None
+            pass  # the context, or why there is none
         finally:
             unsubscribe()
         return self.context
@@ -336,17 +345,23 @@ class X509Source(_Holder):
     # --- the stream ---
 
     async def _supervise(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         while True:
+            opened = time.monotonic()
             try:
                 await self._stream_once()
-                delay = self._backoff()
+                delay = self._backoff(opened)
             except grpc.RpcError as error:
-                delay = self._on_status(error)
-            except Exception as error:
-                # Nothing that arrives may end this loop. The type is enough to find the cause; the text
-                # of an unknown error might hold what must not be logged.
+                delay = self._on_status(error, opened)
+            except (Exception, asyncio.CancelledError) as error:
+                if task.cancelling():
+                    raise
+                # Nothing that arrives may end this loop (gRPC cancels calls of its own accord, too). The
+                # type is enough to find the cause; the text of an unknown error might hold what must not
+                # be logged.
                 self._fault(f"unexpected {type(error).__name__} while reading the Workload API")
-                delay = self._backoff()
+                delay = self._backoff(opened)
             self._connected = False
             await asyncio.sleep(delay)
 
@@ -365,11 +380,9 @@ class X509Source(_Holder):
                 workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),)
             )
             while True:
-                # Not wait_for: before Python 3.12 it swallows a cancellation that comes with an answer.
-                try:
-                    async with asyncio.timeout(self._patience()):
-                        response = await call.read()
-                except TimeoutError:
+                response = await self._next_message(call)
+                if response is None:
+                    self._silences += 1
                     self._fault("the agent is silent although an update is due")
                     return
                 if response is grpc.aio.EOF:
@@ -379,23 +392,42 @@ class X509Source(_Holder):
                     return
                 self._on_update(response)
 
+    async def _next_message(self, call: Any) -> Any:
+        """What the stream brings next; None when it is quiet for longer than it is believed."""
+        patience = self._patience()
+        began = (time.monotonic(), time.time())
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while not reading.done():
+                silent_for = max(time.monotonic() - began[0], time.time() - began[1])
+                if silent_for >= patience:
+                    return None
+                await asyncio.wait({reading}, timeout=min(_LOOK, patience - silent_for))
+            return reading.result()
+        finally:
+            reading.cancel()
+
     def _patience(self) -> float:
         """How long a quiet stream is believed, in seconds."""
-        if self._snapshot is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             return _FIRST_ANSWER
         if not self._usable():
-            return _URGENT_ANSWER
-        return max((self._expires - time.time()) * _OVERDUE, 1.0)
+            return min(_FIRST_ANSWER, _URGENT_ANSWER * float(2 ** min(self._silences, 10)))
+        return max((snapshot.svid.expires - time.time()) * _OVERDUE, 1.0)
 
     def _on_update(self, response: Any) -> None:
+        self._silences = 0
         now = datetime.now(UTC)
+        # Workload API section 4.5: report, discard the message, go on with the last good one.
         try:
             svids, bundles, dropped = self._read(response, now)
         except Refusal as refusal:
-            # Workload API section 4.5: report, discard the message, go on with the last good one.
             self._fault(f"update discarded: {refusal.detail}")
             return
-        self._attempt = 0
+        except Exception as error:
+            self._fault(f"update discarded: reading it ended in {type(error).__name__}")
+            return
         self._denied_since = None
         changed = self._install(svids, bundles, now)
         if self._last_logged or self._repeats:
@@ -435,7 +467,9 @@ class X509Source(_Holder):
             try:
                 domain = TrustDomain.parse(name)
                 if domain not in bundles:
-                    bundles[domain] = X509Bundle.from_der(domain, der)
+                    bundle = X509Bundle.from_der(domain, der)
+                    check_bundle(bundle)
+                    bundles[domain] = bundle
             except Refusal as refusal:
                 dropped.append(f"federated bundle of {printable(name)} dropped: {refusal.detail}")
         return self._default_first(tuple(svids)), bundles, dropped
@@ -448,25 +482,33 @@ class X509Source(_Holder):
                 raise InvalidSvid(
                     Reason.INVALID_UPDATE, f"we expect to be {self._expected}, but it names {got}"
                 )
+        elif self._picker is not None:
+            try:
+                chosen = self._picker(svids)
+            except Exception as error:
+                raise InvalidSvid(
+                    Reason.INVALID_UPDATE, f"the picker failed with {type(error).__name__}"
+                ) from error
+            if not any(chosen is svid for svid in svids):
+                raise InvalidSvid(Reason.INVALID_UPDATE, "the picker chose none of the SVIDs it was given")
         else:
-            chosen = self._picker(svids) if self._picker else svids[0]
+            chosen = svids[0]
         return (chosen, *(s for s in svids if s is not chosen))
 
     # --- failures ---
 
-    def _on_status(self, error: grpc.RpcError) -> float:
+    def _on_status(self, error: grpc.RpcError, opened: float) -> float:
         code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
         detail = printable(str(error.details() or "")) if hasattr(error, "details") else ""
         if code is grpc.StatusCode.PERMISSION_DENIED:
-            return self._on_denial(detail)
-        self._denied_since = None
+            return self._on_denial(detail, opened)
         if code is grpc.StatusCode.UNAVAILABLE and "connect" in detail:
             self._fault(self._unreachable())
-            return self._backoff()
+            return self._backoff(opened)
         self._fault(
             f"the agent answered {code.name}: {detail}" if detail else f"the agent answered {code.name}"
         )
-        return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff()  # noqa: S311
+        return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff(opened)  # noqa: S311
 
     def _unreachable(self) -> str:
         scheme, _, path = self.target.partition(":")
@@ -474,21 +516,26 @@ class X509Source(_Holder):
             return "the Workload API can't be reached: there is no socket"
         return "the Workload API can't be reached: nobody answers there"
 
-    def _on_denial(self, detail: str) -> float:
+    def _on_denial(self, detail: str, opened: float) -> float:
         self._fault(f"no entry for this workload: the agent answered PERMISSION_DENIED: {detail}")
         now = time.monotonic()
-        if self._denied_since is None:
+        # Other failures in between don't give the identity back; a long time without a denial does.
+        if self._denied_since is None or now - self._denied_last > _DENIAL_MEMORY:
             self._denied_since = now
+        self._denied_last = now
         held = now - self._denied_since
         # Without an identity to lose there is nothing to wait for.
         if not self._denied and (self._snapshot is None or held >= DENIAL_GRACE):
             self._denied = True
             self._notify()
         if not self._denied:
-            return min(self._backoff(), max(DENIAL_GRACE - held, 0.05))
-        return self._backoff()
+            return min(self._backoff(opened), max(DENIAL_GRACE - held, 0.05))
+        return self._backoff(opened)
 
-    def _backoff(self) -> float:
+    def _backoff(self, opened: float) -> float:
+        # Only a stream that lived for a while ends the growth: not one that brings an update and closes.
+        if time.monotonic() - opened > _LONGEST_DELAY:
+            self._attempt = 0
         delay = min(_LONGEST_DELAY, _FIRST_DELAY * float(2 ** min(self._attempt, 10)))
         self._attempt += 1
         return delay * random.uniform(0.75, 1.0)  # noqa: S311 - spreads load, no secret
@@ -515,6 +562,8 @@ def _read_svid(message: Any, now: datetime) -> tuple[X509Svid, X509Bundle]:
             f"spiffe_id is '{printable(message.spiffe_id)}' but the certificate names {svid.id}",
         )
     bundle = X509Bundle.from_der(svid.id.trust_domain, message.bundle)
+    check_svid(svid)
+    check_bundle(bundle)
     try:
         verify_peer(svid.chain, {bundle.trust_domain: bundle}, now)
     except PeerRefused as refusal:

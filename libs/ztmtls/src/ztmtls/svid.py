@@ -105,6 +105,11 @@ class X509Svid:
         return self.leaf.not_valid_after_utc
 
     @cached_property
+    def expires(self) -> float:
+        """`not_after` in seconds since the epoch, as `time.time` counts."""
+        return self.not_after.timestamp()
+
+    @cached_property
     def serial(self) -> str:
         """The leaf's serial number, lower-case hexadecimal."""
         return serial_text(self.leaf)

@@ -15,11 +15,9 @@ TLS 1.3 only, no session tickets: a resumed session would skip every check (RFC 
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
 import socket
 import ssl
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -31,6 +29,7 @@ from .audit import AuditLog
 from .authz import Authorizer
 from .hop import HopView
 from .ids import SpiffeId
+from .material import load_authorities, load_svid
 from .reasons import Reason, Refusal
 from .svid import UNDECODABLE, X509Context
 from .verify import PeerRefused, VerifiedPeer, verify_peer
@@ -266,7 +265,7 @@ class GenerationContext(ssl.SSLContext):
         alpn: Iterable[str] = (),
         on_verified: Callable[[Connection], None] | None = None,
     ) -> GenerationContext:
-        """Build the context for `snapshot`. The key reaches OpenSSL by an anonymous memory file."""
+        """Build the context for `snapshot`. Raises `material.UnusableMaterial`."""
         context = cls(ssl.PROTOCOL_TLS_CLIENT if side == "caller" else ssl.PROTOCOL_TLS_SERVER)
         context._snapshot = snapshot
         context._side = side
@@ -276,10 +275,9 @@ class GenerationContext(ssl.SSLContext):
         _harden(context)
         # Any certificate in a bundle is a trust anchor, self-signed or not.
         context.verify_flags = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-        authorities = b"".join(bundle.der() for bundle in snapshot.bundles.values())
-        if authorities:
-            context.load_verify_locations(cadata=authorities)
-        _load_key_and_chain(context, snapshot.svid.pem())
+        for bundle in snapshot.bundles.values():
+            load_authorities(context, bundle)
+        load_svid(context, snapshot.svid)
         if names := list(alpn):
             context.set_alpn_protocols(names)
         return context
@@ -383,7 +381,11 @@ class RotatingContext(ssl.SSLContext):
         return context
 
     def newest(self) -> GenerationContext:
-        """The context of the newest generation. Raises `source.NoIdentity` when there is none."""
+        """The context of the newest generation.
+
+        Raises `source.NoIdentity` when there is none, `material.UnusableMaterial` when OpenSSL can't use it
+        (a source from the Workload API never offers such).
+        """
         snapshot = self._source.context
         key = (snapshot.generation, self._alpn)
         with self._lock:
@@ -477,23 +479,6 @@ def _harden(context: ssl.SSLContext) -> None:
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     if context.protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0
-
-
-def _load_key_and_chain(context: ssl.SSLContext, pem: bytes) -> None:
-    # CPython loads keys from files only. An anonymous memory file never reaches a disk and ends with its
-    # descriptor. Elsewhere: a private file in a private directory, gone before this returns.
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("ztmtls", os.MFD_CLOEXEC)
-        with os.fdopen(fd, "wb") as memory:
-            memory.write(pem)
-            memory.flush()
-            context.load_cert_chain(f"/proc/self/fd/{fd}")
-        return
-    with tempfile.TemporaryDirectory(prefix="ztmtls-") as private:
-        path = os.path.join(private, "svid.pem")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(pem)
-        context.load_cert_chain(path)
 
 
 def _presented_chain(handshake: ssl.SSLObject | ssl.SSLSocket) -> tuple[x509.Certificate, ...]:
