@@ -19,6 +19,7 @@ from ztmtls.authz import Authorizer, Policy
 from ztmtls.client import AsyncClient
 from ztmtls.fastapi import Hop
 from ztmtls.listen import bind
+from ztmtls.live import LiveLimits
 from ztmtls.probes import Probes
 from ztmtls.server import HttpParser, serve
 from ztmtls.source import Source, StaticSource
@@ -28,6 +29,9 @@ DOMAIN = "zt.example"
 CALLER = "spiffe://zt.example/ns/zt-demo/sa/caller"
 SERVER = "spiffe://zt.example/ns/zt-demo/sa/server"
 STRANGER = "spiffe://zt.example/ns/zt-demo/sa/stranger"
+
+# Long enough that a request always comes before the connection is closed: tests of closing say otherwise.
+PATIENT = LiveLimits(splay=3600.0)
 
 POLICY = Policy.parse(
     {
@@ -80,6 +84,14 @@ class Served:
         lines = [json.loads(line) for line in self.audit_stream.getvalue().splitlines()]
         return [line for line in lines if decision in (None, line["decision"])]
 
+    @property
+    def connections(self) -> int:
+        """How many connections the server has open."""
+        assert self.probes is not None
+        families = self.probes._collector.collect()
+        found = next(family for family in families if family.name == "ztmtls_live_connections")
+        return round(sum(sample.value for sample in found.samples))
+
     def client(self, source: Source, peer: Any = SERVER) -> AsyncClient:
         return AsyncClient(source, peer=peer, base_url=self.url)
 
@@ -105,6 +117,7 @@ async def serving(
     http: HttpParser = "auto",
     app: Any = None,
     grace: float = 1.0,
+    live_limits: LiveLimits = PATIENT,
 ) -> AsyncIterator[Served]:
     """Run `server.serve` on a free port."""
     served = Served(free_port(), source, io.StringIO())
@@ -120,6 +133,7 @@ async def serving(
             allowed_peers=allowed_peers,
             http=http,
             grace=grace,
+            live_limits=live_limits,
             probes=served.probes,
         )
     )

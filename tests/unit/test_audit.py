@@ -263,7 +263,8 @@ def test_reason_codes_that_alerts_are_built_on_are_there() -> None:
         "leaf_without_digital_signature", "unknown_trust_domain", "untrusted_authority", "expired",
         "not_yet_valid", "chain_too_long", "session_resumed", "not_tls", "tls_failure", "caller_not_allowed",
         "route_not_allowed", "ambiguous_path", "no_peer", "identity_expired", "no_identity",
-        "identity_denied", "wrong_server_identity", "refused_by_server", "invalid_request",
+        "identity_denied", "wrong_server_identity", "refused_by_server", "refused_by_caller",
+        "invalid_request",
         "idempotency_key_missing", "idempotency_key_invalid", "idempotency_key_reused", "not_found",
         "conflict", "internal_error", "dependency_unavailable", "payment_unknown", "payment_declined",
         "csrf_failed", "web_identity_missing", "web_identity_conflict", "web_identity_refused",
@@ -291,3 +292,24 @@ def test_untrusted_text_is_cut() -> None:
     assert printable("x" * 256) == "x" * 256
     assert printable("x" * 257) == "x" * 256 + "…"
     assert len(printable("\n" * 10_000, 16)) == 17
+
+
+def test_flood_of_refused_handshakes_does_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [100.0]
+    monkeypatch.setattr("ztmtls.audit.time.monotonic", lambda: now[0])
+    audit = AuditLog("orders", stream)
+    for _ in range(1000):
+        audit.record("handshake", "deny", reason=Reason.NO_CERTIFICATE)
+    audit.record("handshake", "deny", reason=Reason.EXPIRED)
+    for _ in range(50):
+        audit.record("request", "deny", reason=Reason.CALLER_NOT_ALLOWED)
+    now[0] = 101.0
+    audit.record("handshake", "deny", reason=Reason.NO_CERTIFICATE)
+
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    refused = [line for line in lines if line["reason"] == Reason.NO_CERTIFICATE]
+    assert len(refused) == AuditLog.HANDSHAKES_PER_SECOND + 1
+    assert refused[-1]["suppressed"] == 1000 - AuditLog.HANDSHAKES_PER_SECOND
+    assert [line["reason"] for line in lines].count(Reason.EXPIRED) == 1, "another reason is not drowned"
+    assert [line["reason"] for line in lines].count(Reason.CALLER_NOT_ALLOWED) == 50, "verified callers: all"
+    assert audit.counts["handshake", "deny", Reason.NO_CERTIFICATE] == 1001

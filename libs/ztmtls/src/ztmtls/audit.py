@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
@@ -21,12 +22,20 @@ Decision = Literal["allow", "deny"]
 
 
 class AuditLog:
-    """Writes audit lines for one service and counts them by event, decision and reason."""
+    """Writes audit lines for one service and counts decisions by event, decision and reason.
+
+    Anybody who reaches the port can cause refused handshakes: of these no more than `HANDSHAKES_PER_SECOND`
+    lines are written per reason, and the next line says how many were not (``suppressed``). The counts are
+    always complete.
+    """
+
+    HANDSHAKES_PER_SECOND = 20
 
     def __init__(self, service: str, stream: TextIO | None = None) -> None:
         self.service = service
         self.counts: Counter[tuple[str, Decision, str]] = Counter()
         self._stream = stream
+        self._floods: dict[str, _Flood] = {}
         self._lock = threading.Lock()
 
     def record(
@@ -70,9 +79,39 @@ class AuditLog:
         if detail is not None:
             line["detail"] = detail
         line |= more
-        text = json.dumps(line, default=str) + "\n"
         with self._lock:
             self.counts[event, decision, reason or ""] += 1
+            if event == "handshake":
+                flood = self._floods.setdefault(reason or "", _Flood(self.HANDSHAKES_PER_SECOND))
+                if not flood.admits(time.monotonic()):
+                    return
+                if flood.suppressed:
+                    line["suppressed"], flood.suppressed = flood.suppressed, 0
+            text = json.dumps(line, default=str) + "\n"
             stream = self._stream or sys.stdout
             stream.write(text)
             stream.flush()
+
+    def count(self, event: str, decision: Decision) -> None:
+        """Count a decision that is worth no line: a handshake that went well is told by its requests."""
+        with self._lock:
+            self.counts[event, decision, ""] += 1
+
+
+class _Flood:
+    """Lines of one kind: so many a second, the rest is counted."""
+
+    def __init__(self, per_second: int) -> None:
+        self.suppressed = 0
+        self._per_second = per_second
+        self._second = 0
+        self._written = 0
+
+    def admits(self, now: float) -> bool:
+        if int(now) != self._second:
+            self._second, self._written = int(now), 0
+        if self._written < self._per_second:
+            self._written += 1
+            return True
+        self.suppressed += 1
+        return False

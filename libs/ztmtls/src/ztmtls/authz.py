@@ -170,6 +170,10 @@ class Policy:
         """
         return cls(_parse_rules(document))
 
+    def names(self, caller: SpiffeId) -> bool:
+        """True when some rule names `caller`."""
+        return caller in self._index
+
     def decide(self, caller: SpiffeId, method: str, path: str) -> Decision:
         """Decide on one request. `path` is the decoded path without the query.
 

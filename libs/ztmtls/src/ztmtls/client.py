@@ -10,9 +10,11 @@ transport does; the blocking one on httpx's own.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
@@ -25,8 +27,8 @@ from .authz import Authorizer, exact
 from .hop import HopView
 from .ids import SpiffeId
 from .reasons import Reason, Refusal
-from .source import NoIdentity, Source
-from .tls import Connection, GenerationContext, TlsRefused, connection_of, is_alert, reason_of
+from .source import Source
+from .tls import Connection, GenerationContext, TlsRefused, connection_of, reason_of
 
 DEFAULT_TIMEOUT = httpx.Timeout(10.0, connect=5.0, pool=5.0)
 DEFAULT_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=30.0)
@@ -44,10 +46,12 @@ class ServerRefused(httpx.ConnectError, Refusal):
 
 
 class RefusedByServer(httpx.ReadError, Refusal):
-    """The server refused our certificate in TLS. Reason: `refused_by_server`.
+    """The server ended TLS with an alert about our certificate. Reason: `refused_by_server`.
 
     Under TLS 1.3 a client has finished the handshake before the server checks its certificate, so this
-    comes with the first answer (RFC 8446 section 4.4.2). The request was not served.
+    comes in the place of the first answer (RFC 8446 sections 4.4.2 and 6.2): a server that checks
+    certificates in the handshake has not read the request. Other alerts are plain read errors, which leave
+    open whether it acted.
     """
 
     def __init__(self, detail: str) -> None:
@@ -192,7 +196,8 @@ class _AsyncPool(_Pool):
         )
 
     async def close(self) -> None:
-        await self.session.close()
+        # To its end, also when whoever asked for it is cancelled: half closed, connections would leak.
+        await asyncio.shield(self.session.close())
 
 
 class _SyncPool(_Pool):
@@ -210,7 +215,10 @@ P = TypeVar("P", _AsyncPool, _SyncPool)
 
 
 class _Pools(Generic[P]):
-    """Hands out the pool of the newest generation; a retired one closes with its last response."""
+    """Hands out the pool of the newest generation; a retired one closes with its last response.
+
+    Whoever gets a pool from `acquire`, `release` or `close` in order to close it, must.
+    """
 
     def __init__(
         self,
@@ -224,35 +232,40 @@ class _Pools(Generic[P]):
         self._source = source
         self._lock = threading.Lock()
         self._newest: P | None = None
+        self._open: list[P] = []
 
     def acquire(self) -> tuple[P, P | None]:
         """The pool to use, and one that must be closed now, if any. Raises `source.NoIdentity`."""
         generation = self._source.context.generation
         with self._lock:
-            idle = None
-            if self._newest is None or not self._newest.current(generation):
-                idle = self._retire()
+            old, idle = self._newest, None
+            if old is None or not old.current(generation):
                 self._newest = self._make()
+                self._open.append(self._newest)
+                if old is not None:
+                    old.retired = True
+                    idle = self._ended(old)
+            assert self._newest is not None
             self._newest.in_flight += 1
             return self._newest, idle
 
-    def release(self, pool: P) -> bool:
-        """A response on `pool` ended; True when the pool must be closed now."""
+    def release(self, pool: P) -> P | None:
+        """A response on `pool` ended; returns it when it must be closed now."""
         with self._lock:
             pool.in_flight -= 1
-            return pool.retired and pool.in_flight == 0
+            return self._ended(pool)
 
-    def close(self) -> P | None:
-        """Retire the newest pool; returns it when it must be closed now."""
+    def close(self) -> list[P]:
+        """Retire all pools, with what is in flight on them; returns those to be closed now."""
         with self._lock:
-            return self._retire()
+            still_open, self._open, self._newest = self._open, [], None
+            return still_open
 
-    def _retire(self) -> P | None:
-        old, self._newest = self._newest, None
-        if old is None:
-            return None
-        old.retired = True
-        return old if old.in_flight == 0 else None
+    def _ended(self, pool: P) -> P | None:
+        if pool.retired and pool.in_flight == 0 and pool in self._open:
+            self._open.remove(pool)
+            return pool
+        return None
 
 
 class _AsyncTransport(httpx.AsyncBaseTransport):
@@ -261,14 +274,15 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         _https_only(request)
+        outer = sys.exception()
         pool, idle = self._acquire()
-        if idle is not None:
-            await idle.close()
         try:
+            if idle is not None:
+                await idle.close()
             raw = await self._send(pool.session, request)
         except BaseException as error:
             await self._release(pool)
-            _raise_refusal(error)
+            _raise_refusal(error, outer)
             _raise_transport_error(error, request)
             raise
         if raw.ztmtls_connection is None:  # fail closed: never hand out an answer of unknown origin
@@ -293,35 +307,76 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
         except httpx.RequestNotRead:
             body = request.stream
         limits = request.extensions.get("timeout", {})
-        response = await session.request(
-            request.method,
-            URL(str(request.url), encoded=True),
-            headers=headers,
-            data=body,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(
-                connect=limits.get("pool"),
-                sock_connect=limits.get("connect"),
-                sock_read=limits.get("read"),
-            ),
+        connect, pool = limits.get("connect"), limits.get("pool")
+        upload = _Upload(body, limits.get("write")) if body is not None else None
+        timeout = aiohttp.ClientTimeout(
+            # aiohttp's counts the wait for a free connection and the making of a new one together
+            connect=None if connect is None or pool is None else connect + pool,
+            sock_connect=connect,
+            sock_read=limits.get("read"),
         )
+        try:
+            async with asyncio.timeout(None) as stuck:
+                if upload is not None:
+                    upload.deadline = stuck
+                response = await session.request(
+                    request.method,
+                    URL(str(request.url), encoded=True),
+                    headers=headers,
+                    data=upload,
+                    skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+                    allow_redirects=False,
+                    timeout=timeout,
+                )
+        except TimeoutError as error:
+            if stuck.expired():
+                raise httpx.WriteTimeout("the server takes no more of the body", request=request) from error
+            raise
         assert isinstance(response, _Response)
         return response
 
     def _acquire(self) -> tuple[_AsyncPool, _AsyncPool | None]:
         try:
             return self._pools.acquire()
-        except NoIdentity as refusal:
+        except Refusal as refusal:
             raise NoIdentityError(refusal) from refusal
 
     async def _release(self, pool: _AsyncPool) -> None:
-        if self._pools.release(pool):
-            await pool.close()
+        if (ended := self._pools.release(pool)) is not None:
+            await ended.close()
 
     async def aclose(self) -> None:
-        if (idle := self._pools.close()) is not None:
-            await idle.close()
+        await asyncio.gather(*(pool.close() for pool in self._pools.close()))
+
+
+class _Upload:
+    """A request's body in pieces, each of which the server must take within `timeout` seconds."""
+
+    _PIECE = 64 * 1024
+
+    def __init__(self, body: bytes | AsyncIterable[bytes], timeout: float | None) -> None:
+        self.deadline: asyncio.Timeout | None = None
+        self._body = body
+        self._timeout = timeout
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        async for piece in self._pieces():
+            self._expect(None if self._timeout is None else loop.time() + self._timeout)
+            yield piece
+            self._expect(None)
+
+    def _expect(self, when: float | None) -> None:
+        if self.deadline is not None and not self.deadline.expired():
+            self.deadline.reschedule(when)
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        if isinstance(self._body, bytes):
+            for start in range(0, len(self._body), self._PIECE):
+                yield self._body[start : start + self._PIECE]
+        else:
+            async for piece in self._body:
+                yield piece
 
 
 class _SyncTransport(httpx.BaseTransport):
@@ -330,30 +385,31 @@ class _SyncTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         _https_only(request)
+        outer = sys.exception()
         try:
             pool, idle = self._pools.acquire()
-        except NoIdentity as refusal:
+        except Refusal as refusal:
             raise NoIdentityError(refusal) from refusal
-        if idle is not None:
-            idle.close()
         try:
+            if idle is not None:
+                idle.close()
             response = pool.transport.handle_request(request)
             socket = response.extensions["network_stream"].get_extra_info("socket")
             response.extensions[_HOP] = connection_of(socket)
         except BaseException as error:
             self._release(pool)
-            _raise_refusal(error)
+            _raise_refusal(error, outer)
             raise
         response.stream = _SyncStream(response.stream, lambda: self._release(pool))
         return response
 
     def _release(self, pool: _SyncPool) -> None:
-        if self._pools.release(pool):
-            pool.close()
+        if (ended := self._pools.release(pool)) is not None:
+            ended.close()
 
     def close(self) -> None:
-        if (idle := self._pools.close()) is not None:
-            idle.close()
+        for pool in self._pools.close():
+            pool.close()
 
 
 class _AsyncStream(httpx.AsyncByteStream):
@@ -371,7 +427,6 @@ class _AsyncStream(httpx.AsyncByteStream):
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except Exception as error:
-            _raise_refusal(error)
             _raise_transport_error(error, self._request)
             raise
 
@@ -393,11 +448,7 @@ class _SyncStream(httpx.SyncByteStream):
         self._done: Callable[[], None] | None = done
 
     def __iter__(self) -> Iterator[bytes]:
-        try:
-            yield from self._stream
-        except Exception as error:
-            _raise_refusal(error)
-            raise
+        yield from self._stream
 
     def close(self) -> None:
         done, self._done = self._done, None
@@ -416,24 +467,27 @@ def _https_only(request: httpx.Request) -> None:
         )
 
 
-def _raise_refusal(error: BaseException) -> None:
-    """Raise the typed exception if an identity stands behind `error`; else return."""
-    for cause in _causes(error):
+def _raise_refusal(error: BaseException, outer: BaseException | None) -> None:
+    """Raise the typed exception if an identity stands behind `error`; else return.
+
+    `outer` is what the caller was handling when the request began: it is no cause of this.
+    """
+    for cause in _causes(error, outer):
         if isinstance(cause, TlsRefused):
             raise ServerRefused(cause.refusal) from error
         if isinstance(cause, aiohttp.ClientError):
             continue  # some of them pose as an SSLError without being one
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise ServerRefused(Refusal(reason_of(cause), cause.verify_message)) from error
-        if isinstance(cause, ssl.SSLError) and is_alert(cause):
+        if isinstance(cause, ssl.SSLError) and reason_of(cause) is Reason.REFUSED_BY_SERVER:
             said = (cause.reason or "").lower().replace("_", " ")
             raise RefusedByServer(f"the server refused our certificate: {said}") from error
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
+    while cause is not None and cause is not outer and id(cause) not in seen:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__

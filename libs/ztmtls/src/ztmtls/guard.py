@@ -61,29 +61,48 @@ class Guard:
             return
         if self._draining():
             send = _with_close(send)
-        method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
-        path = scope["path"]
+        method, path = _method(scope), scope["path"]
         connection: Connection | None = None
         try:
             connection = request_identity(scope).connection
-            connection.recheck(self._source.context, datetime.now(UTC))
-            rule = self._authorize(connection, scope, method, path)
+            rule = self.check(connection, scope)
         except Refusal as refusal:
             await self._deny(scope, send, connection, method, refusal)
             return
+        if connection.outlived(datetime.now(UTC)):
+            send = _with_close(send)
         body = _LimitedBody(scope, receive, send, self._max_body)
-        set_request_identity(scope, RequestIdentity(connection, rule))
-        self._audit.record("request", "allow", hop=connection.view(rule), method=method, path=path)
-        try:
-            if not body.exceeded:
+        if not body.exceeded:
+            set_request_identity(scope, RequestIdentity(connection, rule))
+            self._audit.record("request", "allow", hop=connection.view(rule), method=method, path=path)
+            try:
                 await self._app(scope, body.receive, body.send)
-        except Exception:
-            if not body.exceeded:
-                raise
+            except Exception:
+                if not body.exceeded:
+                    raise
         if body.exceeded and not body.answered:
             await body.discard()
             too_large = Refusal(Reason.TOO_LARGE, f"the body may have {self._max_body} bytes")
             await self._deny(scope, send, connection, method, too_large)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy.current if isinstance(self._policy, PolicyFile) else self._policy
+
+    def check_peer(self, connection: Connection) -> None:
+        """Raise a `Refusal` unless the peer of `connection` is acceptable, and named by some rule."""
+        connection.recheck(self._source.context, datetime.now(UTC))
+        if not self.policy.names(connection.peer.id):
+            raise Refusal(Reason.CALLER_NOT_ALLOWED, f"no rule names {connection.peer.id}")
+
+    def check(self, connection: Connection, scope: Scope) -> str:
+        """The rule that lets the peer of `connection` make the request of `scope`, or a `Refusal` raised."""
+        connection.recheck(self._source.context, datetime.now(UTC))
+        path = scope["path"]
+        if is_ambiguous(path, scope.get("raw_path") or path.encode()):
+            raise Refusal(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
+        return self._decide(connection, _method(scope), path)
 
     async def _deny(
         self, scope: Scope, send: Send, connection: Connection | None, method: str, refusal: Refusal
@@ -100,14 +119,15 @@ class Guard:
         set_request_identity(scope, None)
         await _refuse(scope, send, refusal)
 
-    def _authorize(self, connection: Connection, scope: Scope, method: str, path: str) -> str:
-        if is_ambiguous(path, scope.get("raw_path") or path.encode()):
-            raise Refusal(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
-        policy = self._policy.current if isinstance(self._policy, PolicyFile) else self._policy
-        decision = policy.decide(connection.peer.id, method, path)
+    def _decide(self, connection: Connection, method: str, path: str) -> str:
+        decision = self.policy.decide(connection.peer.id, method, path)
         if not decision.allowed or decision.rule is None:
             raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
         return decision.rule
+
+
+def _method(scope: Scope) -> str:
+    return str(scope["method"]) if scope["type"] == "http" else "WEBSOCKET"
 
 
 class _LimitedBody:
@@ -148,19 +168,6 @@ class _LimitedBody:
             self.exceeded = self.exceeded or self._received > self._limit
         elif message["type"] == "http.disconnect":
             self._more = False
-
-
-class BindConnection:
-    """Gives every request of one connection the identity of that connection. One per connection."""
-
-    def __init__(self, app: ASGIApp, connection: Connection | None) -> None:
-        self._app = app
-        self._identity = RequestIdentity(connection) if connection else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope."""
-        set_request_identity(scope, self._identity)
-        await self._app(scope, receive, send)
 
 
 # The answer to a verified caller who may not do this: 403. When the connection's identity is no longer
@@ -204,4 +211,4 @@ def _with_close(send: Send) -> Send:
     return closing
 
 
-__all__ = ["ASGIApp", "BindConnection", "Guard", "Receive", "Scope", "Send"]
+__all__ = ["ASGIApp", "Guard", "Message", "Receive", "Scope", "Send"]

@@ -13,6 +13,8 @@ from typing import Any
 import uvicorn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# For a TLS handshake, and for the peer's part in closing. A silent peer holds a file descriptor that long.
+_HANDSHAKE_SECONDS = 5.0
 
 
 class PortInUse(OSError):
@@ -32,7 +34,35 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to us."""
+    """A uvicorn server that leaves signals to us, and does not wait long for half-open handshakes."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections on `sockets`. As uvicorn's, whose TLS handshakes may take a minute."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            self.should_exit = True
+            return
+        config = self.config
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            return config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        limit = _HANDSHAKE_SECONDS if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=sock,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=limit,
+                ssl_shutdown_timeout=limit,
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector as PrometheusCollector
 
 from .audit import AuditLog
+from .live import LiveConnections
 from .source import Source, SourceState
 
 
@@ -17,13 +18,14 @@ class Collector(PrometheusCollector):
 
     ``ztmtls_source_state{state}`` (1 for the present one), ``ztmtls_svid_expiry_timestamp_seconds``,
     ``ztmtls_last_update_timestamp_seconds``, ``ztmtls_source_generation``,
-    ``ztmtls_source_failures_total``, ``ztmtls_bundle_authorities{trust_domain}`` and
-    ``ztmtls_decisions_total{event,decision,reason}``.
+    ``ztmtls_source_failures_total``, ``ztmtls_bundle_authorities{trust_domain}``,
+    ``ztmtls_decisions_total{event,decision,reason}`` and ``ztmtls_live_connections{generation}``.
     """
 
     def __init__(self, source: Source | None, audit: AuditLog | None) -> None:
         self._source = source
         self._audit = audit
+        self.live: LiveConnections | None = None
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus asks for."""
@@ -38,6 +40,15 @@ class Collector(PrometheusCollector):
             for labels, count in list(self._audit.counts.items()):
                 decisions.add_metric(list(labels), count)
             yield decisions
+        if self.live is not None:
+            connections = GaugeMetricFamily(
+                "ztmtls_live_connections",
+                "Open connections, by the generation of our identity that they were made under.",
+                labels=["generation"],
+            )
+            for generation, number in sorted(self.live.by_generation().items()):
+                connections.add_metric([str(generation)], number)
+            yield connections
 
     def _identity(self, source: Source) -> Iterator[Metric]:
         status = source.status()

@@ -19,8 +19,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from .audit import AuditLog
 from .guard import Receive, Scope, Send
 from .listen import PlainServer, bind
+from .live import LiveConnections
 from .metrics import Collector
-from .source import Source, SourceState
+from .source import NoIdentity, Source, SourceState
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,13 @@ class Probes:
         self.draining = False
         self._source = source
         self._registry = CollectorRegistry()
-        self._registry.register(Collector(source, audit))
+        self._collector = Collector(source, audit)
+        self._registry.register(self._collector)
         self._server: PlainServer | None = None
+
+    def watch(self, live: LiveConnections) -> None:
+        """Count the open connections of a server, too. Used by `server.serve`."""
+        self._collector.live = live
 
     async def start(self) -> None:
         """Begin to answer. Raises `listen.PortInUse` when the port is taken."""
@@ -135,7 +141,10 @@ def identity_fault(source: Source) -> str | None:
     status = source.status()
     if status.state not in (SourceState.SERVING, SourceState.DEGRADED):
         return f"{status.state}: {status.reason}" if status.reason else str(status.state)
-    leaf = source.context.svid.leaf
+    try:
+        leaf = source.context.svid.leaf
+    except NoIdentity as refusal:  # it ran out or was withdrawn just now
+        return str(refusal)
     life = (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds()
     if (status.seconds_left or 0) < min(30.0, life * 0.1):
         return f"the SVID runs out in {status.seconds_left:.0f} s: {status.reason or 'no update yet'}"

@@ -40,6 +40,7 @@ class Reason(StrEnum):
     INVALID_POLICY = "invalid_policy"
     WRONG_SERVER_IDENTITY = "wrong_server_identity"
     REFUSED_BY_SERVER = "refused_by_server"
+    REFUSED_BY_CALLER = "refused_by_caller"
 
     # Our own identity.
     NO_IDENTITY = "no_identity"

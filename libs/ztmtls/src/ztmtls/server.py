@@ -20,8 +20,10 @@ import uvicorn
 
 from .audit import AuditLog
 from .authz import Authorizer, Policy, PolicyFile
-from .guard import MAX_BODY, ASGIApp, BindConnection, Guard
+from .guard import MAX_BODY, ASGIApp, Guard
+from .lifecycle import beside
 from .listen import PortInUse, bind, serve_until_stopped
+from .live import LiveConnections, LiveLimits
 from .probes import Probes
 from .reasons import Refusal
 from .source import Source
@@ -34,7 +36,7 @@ HttpParser = Literal["auto", "h11", "httptools"]
 Loop = Literal["auto", "asyncio", "uvloop"]
 
 _POLICY_POLL = 1.0
-_KEEP_ALIVE = 75
+_LIVE_LIMITS = LiveLimits()
 
 
 async def serve(
@@ -51,6 +53,7 @@ async def serve(
     http: HttpParser = "auto",
     drain: float = 0.0,
     grace: float = 10.0,
+    live_limits: LiveLimits = _LIVE_LIMITS,
     on_serving: Callable[[], None] | None = None,
 ) -> None:
     """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT.
@@ -63,6 +66,7 @@ async def serve(
         probes: marked as serving and draining at the right moments.
         drain: seconds to go on accepting after the first signal, with readiness red.
         grace: seconds that requests in flight then have to finish.
+        live_limits: how open connections are closed whose peer is no longer acceptable.
         on_serving: called once, when connections are accepted.
 
     Raises `source.NoIdentity` when there is no SVID, `listen.PortInUse` when the port is taken.
@@ -77,18 +81,19 @@ async def serve(
         draining=lambda: probes is not None and probes.draining,
     )
     context = server_context(source, authorizer=allowed_peers, audit=audit)
-    config = _config(guarded, http, grace, ssl_context_factory=lambda config, default: context)
+    live = LiveConnections(source, guarded, live_limits, audit)
+    config = _config(
+        guarded, http, grace, live_limits.idle, ssl_context_factory=lambda config, default: context
+    )
     config.load()
-    config.http_protocol_class = _identified(config.http_protocol_class)
+    config.http_protocol_class = _watched(config.http_protocol_class, live)
     if config.ws_protocol_class is not None:
-        config.ws_protocol_class = _identified(config.ws_protocol_class)
+        config.ws_protocol_class = _watched(config.ws_protocol_class, live)
+    if probes is not None:
+        probes.watch(live)
     sock = bind(host, port, "PORT")
-    watcher = asyncio.create_task(_watch(policy)) if isinstance(policy, PolicyFile) else None
-    try:
+    async with beside(live.run()), beside(_reload(policy)):
         await _run_server(config, sock, probes, drain, on_serving)
-    finally:
-        if watcher is not None:
-            watcher.cancel()
 
 
 async def serve_public(
@@ -142,7 +147,9 @@ def _loop_factory(loop: Loop) -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _config(app: ASGIApp, http: HttpParser, grace: float, **more: Any) -> uvicorn.Config:
+def _config(
+    app: ASGIApp, http: HttpParser, grace: float, keep_alive: float = _LIVE_LIMITS.idle, **more: Any
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=http,
@@ -151,16 +158,16 @@ def _config(app: ASGIApp, http: HttpParser, grace: float, **more: Any) -> uvicor
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing a client sends names anybody
-        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_keep_alive=max(1, round(keep_alive)),
         timeout_graceful_shutdown=max(1, round(grace)),
         **more,
     )
 
 
-def _identified(base: Any) -> Any:
-    """uvicorn's protocol class, with each connection's verified identity bound to its requests."""
+def _watched(base: Any, live: LiveConnections) -> Any:
+    """uvicorn's protocol class, whose connections are verified ones that are watched over."""
 
-    class Identified(base):  # type: ignore[misc]
+    class Watched(base):  # type: ignore[misc]
         app: ASGIApp
 
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -168,9 +175,13 @@ def _identified(base: Any) -> Any:
             connection = None
             with contextlib.suppress(PeerRefused):  # the guard then refuses every request
                 connection = connection_of(transport.get_extra_info("ssl_object"))
-            self.app = BindConnection(self.app, connection)
+            self.app = live.opened(self.app, connection, transport)
 
-    return Identified
+        def connection_lost(self, exc: Exception | None) -> None:
+            live.closed(self.transport)
+            super().connection_lost(exc)
+
+    return Watched
 
 
 async def _run_server(
@@ -194,7 +205,7 @@ async def _run_server(
     await serve_until_stopped(config, sock, drain=drain, on_serving=serving, on_draining=draining)
 
 
-async def _watch(policy: PolicyFile) -> None:
-    while True:
+async def _reload(policy: Policy | PolicyFile) -> None:
+    while isinstance(policy, PolicyFile):
         await asyncio.sleep(_POLICY_POLL)
         policy.reload_if_changed()

@@ -17,6 +17,7 @@ from .workload_endpoint import parse_endpoint
 if TYPE_CHECKING:
     from .audit import AuditLog
     from .database import DatabaseTarget
+    from .live import LiveLimits
     from .secrets import RotatingSecret
 
 EX_CONFIG = 78
@@ -75,6 +76,23 @@ class ServiceSettings(BaseSettings):
         0, description="after SIGTERM, go on accepting for this long while readiness is red"
     )
     grace_seconds: Seconds = Field(10, description="then let requests in flight finish for this long")
+
+
+class CalleeSettings(ServiceSettings):
+    """What a service reads that others call over mutual TLS."""
+
+    close_splay_seconds: Seconds = Field(
+        2, description="connections of peers that are no longer acceptable are closed within this long"
+    )
+    close_per_second: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        500, description="not more of them than this in a second"
+    )
+
+    def live_limits(self) -> LiveLimits:
+        """How open connections are closed."""
+        from .live import LiveLimits
+
+        return LiveLimits(splay=self.close_splay_seconds, per_second=self.close_per_second)
 
 
 class DatabaseSettings(BaseSettings):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .source import Source
 
 Side = Literal["caller", "callee"]
+Verify = Callable[[VerifiedPeer, X509Context, datetime], VerifiedPeer]
 
 
 class TlsRefused(ssl.SSLCertVerificationError):
@@ -60,6 +61,7 @@ class Connection:
     __slots__ = (
         "_authorizer",
         "_checked_generation",
+        "_own_not_after",
         "cipher",
         "generation",
         "id",
@@ -81,6 +83,7 @@ class Connection:
         self.id = f"c-{_CONNECTION_PREFIX}-{next(_connection_numbers)}"
         self.side: Side = side
         self.own = snapshot.svid.summary
+        self._own_not_after = snapshot.svid.not_after
         self.peer = peer
         self.generation = snapshot.generation
         self.tls_version = tls_version
@@ -88,18 +91,25 @@ class Connection:
         self._authorizer = authorizer
         self._checked_generation = snapshot.generation
 
-    def recheck(self, snapshot: X509Context, now: datetime) -> None:
+    def recheck(self, snapshot: X509Context, now: datetime, verify: Verify | None = None) -> None:
         """Raise `verify.PeerRefused` or `authz.NotAuthorized` if the peer is no longer acceptable.
 
         Costs a comparison while neither the generation nor the validity changed; else the chain of the
-        handshake is verified against the new bundles.
+        handshake is verified against the new bundles, by `verify` if given (which may remember).
         """
         if snapshot.generation == self._checked_generation and now < self.peer.valid_until:
             return
-        self.peer = verify_peer(self.peer.chain, snapshot.bundles, now)
+        if verify is not None:
+            self.peer = verify(self.peer, snapshot, now)
+        else:
+            self.peer = verify_peer(self.peer.chain, snapshot.bundles, now)
         if self._authorizer is not None:
             self._authorizer(self.peer.id)
         self._checked_generation = snapshot.generation
+
+    def outlived(self, now: datetime) -> bool:
+        """True when the SVID that *we* presented on it has run out: time to make a new connection."""
+        return now >= self._own_not_after
 
     def view(self, rule: str | None = None) -> HopView:
         """What this side verified, for audit lines and for people."""
@@ -304,23 +314,26 @@ class GenerationContext(ssl.SSLContext):
             handshake.version() or "",
             cipher[0] if cipher else "",
         )
+        if self._audit is not None:
+            self._audit.count("handshake", "allow")
         if self._on_verified is not None:
             self._on_verified(connection)
         return connection
 
     def failed(self, error: ssl.SSLError) -> None:
         """Audit a handshake that OpenSSL itself ended."""
-        self._record(Refusal(reason_of(error), _openssl_text(error)))
+        reason = reason_of(error)
+        if self._side == "callee" and reason is Reason.REFUSED_BY_SERVER:
+            reason = Reason.REFUSED_BY_CALLER
+        self._record(Refusal(reason, _openssl_text(error)))
 
     def owes_alert(self, error: ssl.SSLError) -> bool:
         """True when a caller should still be told why: a server refused its certificate, or had none.
 
         A client does not linger for that: it might wait for an impostor that never hangs up.
         """
-        return self._side == "callee" and reason_of(error) not in (
-            Reason.NOT_TLS,
-            Reason.REFUSED_BY_SERVER,  # the caller's own alert ended it
-        )
+        ended_by_caller = "ALERT" in (error.reason or "")
+        return self._side == "callee" and not ended_by_caller and reason_of(error) is not Reason.NOT_TLS
 
     def _authorize(self, peer: SpiffeId) -> None:
         assert self._authorizer is not None
@@ -505,6 +518,8 @@ _OPENSSL_REASONS = {
     "WRONG_VERSION_NUMBER": Reason.NOT_TLS,
     "BAD_RECORD_TYPE": Reason.NOT_TLS,
 }
+# RFC 8446 section 6.2. handshake_failure is what some servers send for want of a certificate.
+_ALERTS_ABOUT_CERTIFICATES = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "HANDSHAKE_FAILURE")
 
 
 def reason_of(error: ssl.SSLError) -> Reason:
@@ -513,14 +528,10 @@ def reason_of(error: ssl.SSLError) -> Reason:
         return error.refusal.reason
     if isinstance(error, ssl.SSLCertVerificationError):
         return _VERIFY_CODES.get(error.verify_code, Reason.UNTRUSTED_AUTHORITY)
-    if is_alert(error):
+    said = error.reason or ""
+    if "ALERT" in said and any(name in said for name in _ALERTS_ABOUT_CERTIFICATES):
         return Reason.REFUSED_BY_SERVER
-    return _OPENSSL_REASONS.get(error.reason or "", Reason.TLS_FAILURE)
-
-
-def is_alert(error: ssl.SSLError) -> bool:
-    """True when the peer ended the handshake with an alert, as servers do with a certificate they refuse."""
-    return "ALERT" in (error.reason or "")
+    return _OPENSSL_REASONS.get(said, Reason.TLS_FAILURE)
 
 
 def _openssl_text(error: ssl.SSLError) -> str:

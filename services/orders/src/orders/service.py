@@ -79,6 +79,7 @@ async def serve(settings: Settings) -> None:
             http=settings.http,
             drain=settings.drain_seconds,
             grace=settings.grace_seconds,
+            live_limits=settings.live_limits(),
         )
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ztmtls.settings import DatabaseSettings, ExistingFile, ServiceSettings, SpiffeIdSetting
+from ztmtls.settings import CalleeSettings, DatabaseSettings, ExistingFile, SpiffeIdSetting
 
 PACKAGED_POLICY = Path(__file__).with_name("policy.yaml")
 
 
-class Settings(ServiceSettings, DatabaseSettings):
+class Settings(CalleeSettings, DatabaseSettings):
     """Settings of ``python -m orders``."""
 
     policy_file: ExistingFile = Field(PACKAGED_POLICY, description="who may call what")

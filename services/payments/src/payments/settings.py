@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ztmtls.settings import DatabaseSettings, ExistingFile, ServiceSettings
+from ztmtls.settings import CalleeSettings, DatabaseSettings, ExistingFile
 
 PACKAGED_POLICY = Path(__file__).with_name("policy.yaml")
 
 
-class Settings(ServiceSettings, DatabaseSettings):
+class Settings(CalleeSettings, DatabaseSettings):
     """Settings of ``python -m payments``."""
 
     policy_file: ExistingFile = Field(PACKAGED_POLICY, description="who may call what")

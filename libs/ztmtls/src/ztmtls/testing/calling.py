@@ -9,7 +9,8 @@ import httpx
 
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy, PolicyFile
-from ztmtls.guard import ASGIApp, BindConnection, Guard
+from ztmtls.guard import ASGIApp, Guard, Receive, Scope, Send
+from ztmtls.identity import RequestIdentity, set_request_identity
 from ztmtls.ids import SpiffeId
 from ztmtls.source import StaticSource
 from ztmtls.tls import Connection
@@ -41,6 +42,9 @@ def calling_as(
     peer = verify_peer(ca.issue(caller).chain, source.context.bundles, datetime.now(UTC))
     connection = Connection("callee", source.context, peer, None, "TLSv1.3", "TLS_AES_256_GCM_SHA384")
     guarded = Guard(app, source=source, policy=policy, audit=audit or AuditLog("callee", io.StringIO()))
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(BindConnection(guarded, connection)), base_url="https://callee"
-    )
+
+    async def on_that_connection(scope: Scope, receive: Receive, send: Send) -> None:
+        set_request_identity(scope, RequestIdentity(connection))
+        await guarded(scope, receive, send)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(on_that_connection), base_url="https://callee")

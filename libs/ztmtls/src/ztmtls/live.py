@@ -1,0 +1,313 @@
+"""Connections that are open: looked at again when bundles, policy or time change, and closed in good order.
+
+TLS checks a certificate once, in the handshake. What was true then may not hold any more: the peer's SVID
+ran out, its authority left the bundle, the policy no longer names it. The guard refuses its next request;
+here the connection itself is closed, within a bounded and jittered time, and not all at once.
+
+A request in flight is let finish. A response that streams and a WebSocket have no end of their own: they are
+ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from .audit import AuditLog
+from .guard import ASGIApp, Guard, Message, Receive, Scope, Send
+from .identity import RequestIdentity, set_request_identity
+from .reasons import Refusal
+from .source import NoIdentity, Source
+from .svid import X509Context
+from .tls import Connection
+from .verify import PeerRefused, VerifiedPeer, verify_peer
+
+logger = logging.getLogger(__name__)
+
+# Validity is looked at this often; a change of bundles at once.
+_LOOK_SECONDS = 1.0
+# The event loop belongs to requests: looking at many connections pauses this often.
+_TURN_SECONDS = 0.002
+# A peer that does not answer when a connection is closed has this long.
+_FAREWELL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveLimits:
+    """How open connections that may no longer be are closed.
+
+    A connection is closed at a random moment within `splay` seconds after it was found to be no longer
+    acceptable, and not more than `per_second` connections are closed in a second, so that thousands of
+    peers don't come back at once. A request that began less than `grace` seconds ago is let finish.
+    A connection without a request for `idle` seconds is closed, whoever the peer is.
+    """
+
+    splay: float = 2.0
+    per_second: float = 500.0
+    grace: float = 10.0
+    idle: float = 75.0
+
+    def __post_init__(self) -> None:
+        if min(self.splay, self.grace) < 0 or min(self.per_second, self.idle) <= 0:
+            raise ValueError("splay and grace must be 0 or more, per_second and idle more than 0")
+
+
+@dataclass(eq=False, slots=True)
+class _InFlight:
+    """A request being served, or a WebSocket."""
+
+    scope: Scope
+    send: Send
+    began: float = field(default_factory=time.monotonic)
+    ended_by_us: bool = False
+
+    @property
+    def websocket(self) -> bool:
+        return bool(self.scope["type"] == "websocket")
+
+    async def end(self, reason: str) -> None:
+        """Close a WebSocket as RFC 6455 section 7.4.1 has it: 1008, policy violation."""
+        self.ended_by_us = True
+        await self.send({"type": "websocket.close", "code": 1008, "reason": reason})
+
+
+class LiveConnection:
+    """One open connection, and the ASGI application of its requests: binds the verified identity to them."""
+
+    def __init__(self, app: ASGIApp, connection: Connection | None, transport: asyncio.Transport) -> None:
+        self.connection = connection
+        self.transport = transport
+        self.in_flight: set[_InFlight] = set()
+        self.idle_since = time.monotonic()
+        self.refusal: Refusal | None = None
+        self.closing = False
+        self._app = app
+        self._identity = RequestIdentity(connection) if connection else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        set_request_identity(scope, self._identity)
+        request = _InFlight(scope, send)
+        self.in_flight.add(request)
+        try:
+            await self._app(scope, receive, self._until_ended(request) if request.websocket else send)
+        except Exception:
+            if not request.ended_by_us:  # else it is what applications do when their client is gone
+                raise
+        finally:
+            self.in_flight.discard(request)
+            self.idle_since = time.monotonic()
+
+    @staticmethod
+    def _until_ended(request: _InFlight) -> Send:
+        async def send(message: Message) -> None:
+            if request.ended_by_us:
+                raise ConnectionResetError("the WebSocket was closed: its peer is no longer acceptable")
+            await request.send(message)
+
+        return send
+
+    def finish(self) -> None:
+        """Close when the response in flight has been sent; at once when there is none."""
+        protocol: Any = self.transport.get_protocol()
+        protocol.shutdown()
+
+
+class LiveConnections:
+    """All open connections of one server. `run` watches over them."""
+
+    def __init__(self, source: Source, guard: Guard, limits: LiveLimits, audit: AuditLog) -> None:
+        self._source = source
+        self._guard = guard
+        self._limits = limits
+        self._audit = audit
+        self._all: dict[asyncio.Transport, LiveConnection] = {}
+        self._verified: dict[object, VerifiedPeer | PeerRefused] = {}
+        self._seen: object = None
+        self._changed = asyncio.Event()
+        self._due: list[tuple[float, int, LiveConnection, Callable[[LiveConnection], None]]] = []
+        self._order = itertools.count()
+        self._to_do = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def by_generation(self) -> Counter[int]:
+        """How many connections were made under which generation of our own identity."""
+        return Counter(live.connection.generation for live in self._all.values() if live.connection)
+
+    def opened(
+        self, app: ASGIApp, connection: Connection | None, transport: asyncio.Transport
+    ) -> LiveConnection:
+        """Watch over a new connection; the same one again after an upgrade to WebSocket."""
+        live = self._all.get(transport)
+        if live is None:
+            live = self._all[transport] = LiveConnection(app, connection, transport)
+        return live
+
+    def closed(self, transport: asyncio.Transport) -> None:
+        """The connection is gone."""
+        self._all.pop(transport, None)
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:
+            loop.call_soon_threadsafe(self._changed.set)
+
+        unsubscribe = self._source.subscribe(changed)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._look_again())
+                tasks.create_task(self._work_off())
+        finally:
+            unsubscribe()
+
+    # --- finding ---
+
+    async def _look_again(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            await self._look()
+
+    async def _look(self) -> None:
+        changed = self._news()
+        turn = time.monotonic()
+        for live in list(self._all.values()):
+            if not live.closing and live.refusal is None:
+                self._look_at(live, changed)
+            if time.monotonic() - turn > _TURN_SECONDS:
+                await asyncio.sleep(0)
+                turn = time.monotonic()
+
+    def _news(self) -> bool:
+        """True when what decides about peers is not what it was at the last look."""
+        try:
+            generation: int | None = self._source.context.generation
+        except NoIdentity:
+            generation = None
+        seen = (generation, self._guard.policy)
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        self._verified.clear()
+        return True
+
+    def _look_at(self, live: LiveConnection, changed: bool) -> None:
+        connection, now = live.connection, datetime.now(UTC)
+        if not live.in_flight and time.monotonic() - live.idle_since > self._limits.idle:
+            self._close(live)
+        elif connection is None:
+            pass  # the guard refuses whatever is asked on it
+        elif connection.outlived(now):
+            self._plan(live, 0.0, self._finish)
+        elif changed or now >= connection.peer.valid_until:
+            refusal = self._refusal_of(live, now)
+            if refusal is not None:
+                live.refusal = refusal
+                self._record(live, connection, refusal)
+                self._plan(live, random.uniform(0, self._limits.splay), self._finish)  # noqa: S311 - no secret
+
+    def _refusal_of(self, live: LiveConnection, now: datetime) -> Refusal | None:
+        assert live.connection is not None
+        try:
+            live.connection.recheck(self._source.context, now, self._verify)
+            self._guard.check_peer(live.connection)
+            for request in live.in_flight:
+                self._guard.check(live.connection, request.scope)
+        except Refusal as refusal:
+            return refusal
+        return None
+
+    def _verify(self, peer: VerifiedPeer, snapshot: X509Context, now: datetime) -> VerifiedPeer:
+        """`verify_peer`, once for all the connections of one certificate."""
+        found = self._verified.get(peer.chain)
+        if found is None or (isinstance(found, VerifiedPeer) and now >= found.valid_until):
+            try:
+                found = verify_peer(peer.chain, snapshot.bundles, now)
+            except PeerRefused as refusal:
+                found = refusal
+            self._verified[peer.chain] = found
+        if isinstance(found, PeerRefused):
+            raise PeerRefused(found.reason, found.detail)
+        return found
+
+    def _record(self, live: LiveConnection, connection: Connection, refusal: Refusal) -> None:
+        self._audit.record(
+            "connection",
+            "deny",
+            reason=refusal.reason,
+            hop=connection.view(),
+            detail=refusal.detail,
+            in_flight=len(live.in_flight),
+        )
+
+    # --- closing ---
+
+    async def _work_off(self) -> None:
+        while True:
+            while not self._due:
+                self._to_do.clear()
+                await self._to_do.wait()
+            wait = self._due[0][0] - time.monotonic()
+            if wait > 0:
+                self._to_do.clear()
+                try:
+                    async with asyncio.timeout(wait):
+                        await self._to_do.wait()  # something earlier may come
+                except TimeoutError:
+                    pass
+                continue
+            _, _, live, action = heapq.heappop(self._due)
+            if live.transport in self._all:
+                action(live)
+                await asyncio.sleep(1 / self._limits.per_second)
+
+    def _plan(self, live: LiveConnection, delay: float, action: Callable[[LiveConnection], None]) -> None:
+        live.closing = True
+        heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), live, action))
+        self._to_do.set()
+
+    def _finish(self, live: LiveConnection) -> None:
+        if live.refusal is not None and self._refusal_of(live, datetime.now(UTC)) is None:
+            live.refusal, live.closing = None, False  # acceptable again: the bundle came back
+            return
+        requests = list(live.in_flight)
+        sockets = [request for request in requests if request.websocket]
+        age = min((time.monotonic() - request.began for request in requests), default=self._limits.grace)
+        if sockets:
+            reason = str(live.refusal.reason) if live.refusal else "identity renewed"
+            for request in sockets:
+                task = asyncio.ensure_future(request.end(reason))
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._plan(live, _FAREWELL_SECONDS, self._abort)
+        elif age < self._limits.grace:
+            live.finish()
+            self._plan(live, self._limits.grace - age, self._close)
+        else:
+            self._close(live)
+
+    def _close(self, live: LiveConnection) -> None:
+        live.transport.close()
+        self._plan(live, _FAREWELL_SECONDS, self._abort)
+
+    def _abort(self, live: LiveConnection) -> None:
+        live.transport.abort()
+
+
+__all__ = ["LiveConnection", "LiveConnections", "LiveLimits"]
