@@ -25,7 +25,7 @@ MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproje
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
 # The long ones first; each file stays in one process.
-ALL_TESTS := $(wildcard tests/stack tests/mtls tests/browser tests/unit)
+ALL_TESTS := $(wildcard tests/stack tests/mtls tests/browser tests/conformance tests/unit)
 UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 
 ##@ Use it
@@ -33,7 +33,7 @@ UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 .PHONY: help
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-zA-Z_-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	  /^[a-zA-Z_-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Options: PORT=N (page), STATE=DIR (data), ARGS=\"...\" (passed on). Needs: Debian 12 or like it, python3 >= 3.11."
 
@@ -61,6 +61,10 @@ check: setup ## Format, lint and types, then the quick tests
 	@echo "== ruff check"; .venv/bin/ruff check $(CHECKED)
 	@echo "== mypy"; .venv/bin/mypy
 	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q $(QUICK_TESTS) $(ARGS)
+
+.PHONY: conformance
+conformance: setup ## Test the library clause by clause; the result is in build/conformance.json
+	@exec .venv/bin/pytest -q tests/conformance --conformance-report build/conformance.json $(ARGS)
 
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches
