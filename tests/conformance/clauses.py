@@ -1,8 +1,8 @@
 """What a SPIFFE library has to do, clause by clause, and what our tests found.
 
-IDs are those of the public conformance suite, so that its results and ours can be laid side by side. Sections:
-ID = SPIFFE-ID, WE = Workload Endpoint, WA = Workload API, XS = X509-SVID, TB = Trust Domain and Bundle,
-FD = Federation, HD = hardening that no section asks for.
+IDs are those of the public conformance suite, so that its results and ours can be laid side by side.
+Sections: ID = SPIFFE-ID, WE = Workload Endpoint, WA = Workload API, XS = X509-SVID, FD = Federation; HD is
+hardening that no section asks for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ CLAUSES = (
     Clause("XV-12", "XS 2", "a certificate without a URI name is refused", BOTH),
     Clause("XV-13", "XS 5.2", "a URI of another scheme is refused", BOTH),
     Clause("XV-14", "XS 3.1, 5.2", "the ID of a trust domain itself is refused", BOTH),
-    Clause("XV-15", "WA 4.6, FD 7.3", "an ID of a domain without a bundle is refused, whoever signed it", BOTH),
+    Clause(
+        "XV-15", "WA 4.6, FD 7.3", "an ID of a domain without a bundle is refused, whoever signed it", BOTH
+    ),
     Clause("XF-1", "WA 4.6", "a workload of a federated domain is accepted", BOTH),
     Clause("XF-2", "WA 4.6, FD 4.2, 7.3", "an authority vouches for its own trust domain only", BOTH),
     Clause("XF-3", "WA 4.4", "a domain that later updates leave out is no longer trusted", BOTH),

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -81,7 +81,8 @@ class _Reporter:
         if report.when == "call" or not report.passed:
             for name, clause in report.user_properties:
                 if name == "conformance":
-                    self._results.add(*clause, passed=report.passed)
+                    clause_id, role = cast(tuple[str, str], clause)
+                    self._results.add(clause_id, role, report.passed)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._path is None or hasattr(self._config, "workerinput"):

@@ -34,9 +34,7 @@ def on_both_sides(clause: str) -> pytest.MarkDecorator:
 
 
 @on_both_sides("XF-1")
-async def test_workload_of_a_federated_domain(
-    ours: OurSide, friend: CertificateAuthority, role: str
-) -> None:
+async def test_workload_of_a_federated_domain(ours: OurSide, friend: CertificateAuthority, role: str) -> None:
     assert await ours.verdict(role, friend.issue(FRIEND)) == FRIEND
     assert await ours.verdict(role, ours.ca.issue(PEER)) == PEER
 

@@ -29,9 +29,7 @@ def shaped(**shape: Any) -> Issue:
 
 def valid(start: timedelta, end: timedelta) -> Issue:
     """Issues an SVID with this validity, counted from now."""
-    return lambda ca: ca.issue(
-        PEER, not_before=datetime.now(UTC) + start, not_after=datetime.now(UTC) + end
-    )
+    return lambda ca: ca.issue(PEER, not_before=datetime.now(UTC) + start, not_after=datetime.now(UTC) + end)
 
 
 ACCEPTED: dict[str, Issue] = {

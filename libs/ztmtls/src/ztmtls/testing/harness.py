@@ -124,6 +124,10 @@ def control(operations: Mapping[str, Operation]) -> web.Application:
     return application
 
 
+def _answer(code: int, status: str, message: str) -> web.Response:
+    return web.json_response({"status": status, "message": message}, status=code)
+
+
 def x509_dial(source: Source) -> Operation:
     """The operation ``/v1/x509/dial`` for `source`."""
 
