@@ -10,6 +10,7 @@ import pytest
 
 from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority, Workload, with_broken_signature, with_other_key
+from ztmtls.testing.workload_api import FETCH_X509_SVID
 
 from .conftest import DOMAIN, OURS, OurSide, conformance
 
@@ -59,3 +60,4 @@ async def test_spoilt_update_never_comes_into_force(ours: OurSide, case: str) ->
 
     assert set(seen) <= {a, b.serial}
     assert ours.in_force == [b.serial]
+    assert ours.workload.calls[FETCH_X509_SVID] == 1, "and on the same stream"

@@ -45,6 +45,7 @@ async def test_update_without_a_mandatory_field_is_discarded(ours: OurSide, fiel
 
     assert set(seen) <= {a, b.serial}, "served all the while, and never the update that lacks something"
     assert ours.in_force == [b.serial]
+    assert ours.workload.calls[FETCH_X509_SVID] == 1, "and on the same stream"
 
 
 @conformance("WA-2")

@@ -146,7 +146,7 @@ def test_rightful_peer_is_described_as_it_is(ca: CertificateAuthority) -> None:
 
 ACCEPTED: dict[str, dict[str, Any]] = {
     "XV-4 empty subject": {"subject": x509.Name([])},
-    "names of other kinds": {"dns_names": ["other.example", "payments"]},
+    "XV-3 names of other kinds": {"dns_names": ["other.example", "payments"]},
     "subject that names another workload": {
         "subject": x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, OTHER)])
     },
@@ -193,8 +193,8 @@ def test_other_keys_than_p256(ca: CertificateAuthority, key: Callable[[], Any]) 
 # -- The leaf itself ------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Reason, dict[str, Any]]] = {
-    "XV-3 no URI": (Reason.NO_URI_SAN, {"uris": [], "dns_names": ["zt.example"]}),
-    "XV-3 no name at all": (Reason.NO_URI_SAN, {"uris": []}),
+    "XV-12 no URI": (Reason.NO_URI_SAN, {"uris": [], "dns_names": ["zt.example"]}),
+    "XV-12 no name at all": (Reason.NO_URI_SAN, {"uris": []}),
     "ID in the subject only": (
         Reason.NO_URI_SAN,
         {"uris": [], "subject": x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, WORKLOAD)])},
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Reason, dict[str, Any]]] = {
     "ID in a DNS name only": (Reason.NO_URI_SAN, {"uris": [], "dns_names": [WORKLOAD]}),
     "XV-11 two SPIFFE IDs": (Reason.MULTIPLE_URI_SANS, {"uris": [WORKLOAD, OTHER]}),
     "the same ID twice": (Reason.MULTIPLE_URI_SANS, {"uris": [WORKLOAD, WORKLOAD]}),
-    "XV-12 a SPIFFE ID and another URI": (
+    "XV-11 a SPIFFE ID and another URI": (
         Reason.MULTIPLE_URI_SANS,
         {"uris": [WORKLOAD, "https://zt.example/"]},
     ),

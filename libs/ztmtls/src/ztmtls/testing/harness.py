@@ -68,7 +68,12 @@ async def listen(source: Source, *, audit: AuditLog | None = None) -> asyncio.Se
             await writer.wait_closed()
 
     return await asyncio.start_server(
-        greet, HOST, 0, ssl=server_context(source, audit=audit), ssl_shutdown_timeout=1
+        greet,
+        HOST,
+        0,
+        ssl=server_context(source, audit=audit),
+        ssl_handshake_timeout=5,
+        ssl_shutdown_timeout=1,
     )
 
 
@@ -160,7 +165,8 @@ async def run() -> None:
             print(f"SPIFFE_X509_PORT={server.sockets[0].getsockname()[1]}")
             print(f"SPIFFE_CONTROL_PORT={runner.addresses[0][1]}")
             print("READY", flush=True)
-            await server.serve_forever()
+            # Not serve_forever: from Python 3.12 on it waits for connections that are still open.
+            await asyncio.Event().wait()
         finally:
             await runner.cleanup()
 
