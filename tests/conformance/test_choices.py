@@ -1,4 +1,4 @@
-"""ADR 7: what we do where the standards leave a choice, in real handshakes. The clauses' own tests say the rest."""
+"""ADR 7: what we do where the standards leave a choice, in real handshakes."""
 
 from __future__ import annotations
 
