@@ -144,7 +144,7 @@ class OurSide:
         """Call our server as a rightful peer that trusts our authorities."""
         return await call(self.port, self.ca.issue(PEER), self.ca.bundle)
 
-    async def served_until(self, wanted: str | None, timeout: float = 5.0) -> list[str | None]:
+    async def served_until(self, wanted: str | None, timeout: float = 15.0) -> list[str | None]:
         """Connect again and again until `wanted` is presented; everything that was seen on the way."""
         seen: list[str | None] = []
         async with asyncio.timeout(timeout):
@@ -176,7 +176,7 @@ async def agent(ca: CertificateAuthority, identity: str = OURS, **more: Any) -> 
 @contextlib.asynccontextmanager
 async def our_side(workload: Workload) -> AsyncIterator[OurSide]:
     async with X509Source(workload.endpoint) as source:
-        await source.ready(5)
+        await source.ready(15)
         audit = io.StringIO()
         server = await listen(source, audit=AuditLog("ours", audit))
         ours = OurSide(workload, source, server.sockets[0].getsockname()[1], audit)

@@ -14,7 +14,7 @@ from cryptography import x509
 from ztmtls.svid import X509Bundle, X509Svid
 
 HOST = "127.0.0.1"
-DEADLINE = 5.0
+DEADLINE = 15.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ async def tcp_front(path: str) -> AsyncIterator[int]:
     tasks: set[asyncio.Task[None]] = set()
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(OSError):
+                while data := await reader.read(65536):
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            writer.close()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_unix_connection(path)

@@ -46,7 +46,7 @@ async def test_explicit_configuration_goes_before_the_environment(
 @conformance("EP-2")
 async def test_every_call_carries_the_security_header(workload: Workload) -> None:
     async with X509Source(workload.endpoint) as source:
-        await source.ready(5)
+        await source.ready(15)
         workload.end(grpc.StatusCode.UNAVAILABLE)
         workload.fail_next(grpc.StatusCode.UNAVAILABLE)
         await workload.wait_for_calls(3)
