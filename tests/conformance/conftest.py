@@ -100,7 +100,7 @@ class _Reporter:
             terminalreporter.write_line("\n".join(table(shown)))
         if rows:
             passed = sum(row["result"] == "pass" for row in rows)
-            terminalreporter.write_line(f"conformance: {passed} of {len(rows)} clauses pass")
+            terminalreporter.write_line(f"conformance: {passed} of {len(rows)} pass")
 
 
 # --- our side -----------------------------------------------------------------------------------------
