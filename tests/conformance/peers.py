@@ -1,4 +1,4 @@
-"""The other side of a connection, on plain OpenSSL: it shares no code with what is tested."""
+"""The other side of a connection: plain OpenSSL, without a context or a check of ours."""
 
 from __future__ import annotations
 
