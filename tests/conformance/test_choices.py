@@ -97,6 +97,24 @@ async def test_broken_federated_bundle_costs_its_own_domain_only(ours: OurSide) 
     assert "broken.example" in ours.source.status().reason
 
 
+async def test_two_svids_of_one_domain_must_come_with_the_same_bundle(ours: OurSide) -> None:
+    """The last one would win in silence, and our default SVID would verify under it no more."""
+    a = await ours.rotated()
+    ours.in_force.clear()
+    other = CertificateAuthority(DOMAIN)
+    c, b = ours.ca.issue(OURS), ours.ca.issue(OURS)
+    response = ours.workload.build_response(c, ours.ca.issue(PEER))
+    response.svids[1].CopyFrom(
+        ours.workload.build_response(other.issue(PEER), bundle=other.bundle.der()).svids[0]
+    )
+
+    ours.workload.push_raw(response)
+    ours.workload.push(b)
+
+    assert set(await ours.served_until(b.serial)) <= {a, b.serial}
+    assert ours.in_force == [b.serial]
+
+
 @pytest.mark.parametrize("role", BOTH)
 async def test_chain_that_is_too_long_is_refused(ours: OurSide, role: str) -> None:
     assert await ours.verdict(role, ours.ca.issue(PEER, authority=ours.ca.subordinate())) == PEER

@@ -456,7 +456,11 @@ class X509Source(_Holder):
         hints: set[str] = set()
         for message in response.svids:
             svid, bundle = _read_svid(message, now)
-            bundles[bundle.trust_domain] = bundle
+            known = bundles.setdefault(bundle.trust_domain, bundle)
+            if set(known.authorities) != set(bundle.authorities):
+                raise InvalidSvid(
+                    Reason.INVALID_UPDATE, f"it holds two different bundles of {bundle.trust_domain}"
+                )
             if svid.hint and svid.hint in hints:
                 continue  # Workload API section 5.2.1: the first one with a hint counts
             hints.add(svid.hint)
