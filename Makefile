@@ -66,6 +66,10 @@ check: setup ## Format, lint and types, then the quick tests
 conformance: setup ## Test the library clause by clause; the result is in build/conformance.json
 	@exec .venv/bin/pytest -q tests/conformance --conformance-report build/conformance.json $(ARGS)
 
+.PHONY: bench
+bench: setup ## Measure ztmtls beside hand-written TLS and plain HTTP; writes build/bench.json
+	@exec .venv/bin/python -m bench $(ARGS)
+
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches
 	@if [ -x .venv/bin/ztdev ]; then .venv/bin/ztdev down --if-running; fi

@@ -1,0 +1,1 @@
+"""The benchmark: ztmtls beside hand-written TLS and plain HTTP, interleaved in one run, as ratios."""
