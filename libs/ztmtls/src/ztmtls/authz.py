@@ -118,12 +118,36 @@ _PLACEHOLDER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
 _LITERAL = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@-]+")
 
 
+Place = tuple[str | int, ...]
+"""Where in a policy document something stands: ``("rules", 0, "paths", 1)``."""
+
+
+class Fault(str):
+    """One sentence on what is wrong with a policy, its `place` in the document, and `line` in the file.
+
+    `line` counts from 1; it is None when the policy came from no file.
+    """
+
+    __slots__ = ("line", "place")
+
+    place: Place
+    line: int | None
+
+    def __new__(cls, sentence: str, place: Place = (), line: int | None = None) -> Fault:
+        """A sentence with its place."""
+        fault = super().__new__(cls, sentence)
+        fault.place = place
+        fault.line = line
+        return fault
+
+
 class PolicyError(Refusal, ValueError):
     """A policy can't be read. `faults` holds one sentence for each thing that is wrong."""
 
-    def __init__(self, faults: Iterable[str]) -> None:
+    def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
-        super().__init__(Reason.INVALID_POLICY, "; ".join(self.faults))
+        detail = "; ".join(f if f.line is None else f"line {f.line}: {f}" for f in self.faults)
+        super().__init__(Reason.INVALID_POLICY, detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +179,7 @@ class Policy:
         # templates of this caller, method and length.
         self._index: dict[SpiffeId, dict[str, dict[int, list[tuple[tuple[str | None, ...], str]]]]] = {}
         for rule in self.rules:
-            templates = [_template(path) for path in rule.paths]
+            templates = [template_segments(path) for path in rule.paths]
             for caller in rule.callers:
                 for method in rule.methods:
                     by_length = self._index.setdefault(caller, {}).setdefault(method, {})
@@ -196,7 +220,8 @@ class Policy:
         )
 
 
-def _template(path: str) -> tuple[str | None, ...]:
+def template_segments(path: str) -> tuple[str | None, ...]:
+    """The segments of a path template, None for each placeholder."""
     return tuple(None if _PLACEHOLDER.fullmatch(segment) else segment for segment in path[1:].split("/"))
 
 
@@ -228,59 +253,73 @@ def is_ambiguous(path: str, raw_path: bytes) -> bool:
 
 
 def _parse_rules(document: object) -> list[Rule]:
-    faults: list[str] = []
+    faults: list[Fault] = []
     if not isinstance(document, Mapping):
-        raise PolicyError(["the policy must be a mapping with 'version' and 'rules'"])
-    faults += [f"unknown key '{printable(str(k))}'" for k in document if k not in ("version", "rules")]
+        raise PolicyError([Fault("the policy must be a mapping with 'version' and 'rules'")])
+    faults += [
+        Fault(f"unknown key '{printable(str(k))}'", (k,)) for k in document if k not in ("version", "rules")
+    ]
     if document.get("version") != 1 or isinstance(document["version"], bool):
-        faults.append("'version' must be 1")
+        faults.append(Fault("'version' must be 1", ("version",)))
     entries = document.get("rules")
     if not isinstance(entries, list) or not entries:
-        raise PolicyError([*faults, "'rules' must be a list with at least one rule"])
-    rules = [rule for i, entry in enumerate(entries) if (rule := _parse_rule(i, entry, faults))]
-    names = [rule.name for rule in rules]
-    faults += sorted({f"rule name '{name}' is used twice" for name in names if names.count(name) > 1})
+        raise PolicyError([*faults, Fault("'rules' must be a list with at least one rule", ("rules",))])
+    rules: dict[str, Rule] = {}
+    repeated: dict[str, Fault] = {}
+    for index, entry in enumerate(entries):
+        if rule := _parse_rule(index, entry, faults):
+            if rule.name in rules:
+                place = ("rules", index, "name")
+                repeated.setdefault(rule.name, Fault(f"rule name '{rule.name}' is used twice", place))
+            rules[rule.name] = rule
+    faults += sorted(repeated.values())
     if faults:
         raise PolicyError(faults)
-    return rules
+    return list(rules.values())
 
 
-def _parse_rule(index: int, entry: object, faults: list[str]) -> Rule | None:
-    where = f"rules[{index}]"
+def _parse_rule(index: int, entry: object, faults: list[Fault]) -> Rule | None:
+    where: Place = ("rules", index)
     before = len(faults)
+
+    def fault(sentence: str, *place: str | int, colon: str = ":") -> None:
+        faults.append(Fault(f"rules[{index}]{colon} {sentence}", (*where, *place)))
+
     if not isinstance(entry, Mapping):
-        faults.append(f"{where} must be a mapping")
+        fault("must be a mapping", colon="")
         return None
-    known = ("name", "callers", "methods", "paths")
-    faults += [f"{where}: unknown key '{printable(str(k))}'" for k in entry if k not in known]
+    for key in entry:
+        if key not in ("name", "callers", "methods", "paths"):
+            fault(f"unknown key '{printable(str(key))}'", key)
     name = entry.get("name")
     if not isinstance(name, str) or not name or not name.isprintable():
-        faults.append(f"{where}: 'name' must be a non-empty string")
+        fault("'name' must be a non-empty string", "name")
+    listed: dict[str, list[str]] = {}
+    for key in ("callers", "methods", "paths"):
+        value = entry.get(key)
+        good = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        if not good:
+            fault(f"'{key}' must be a non-empty list of strings", key)
+        listed[key] = value if good else []  # type: ignore[assignment]
     callers = []
-    for text in _strings(entry, "callers", where, faults):
+    for i, text in enumerate(listed["callers"]):
         try:
             caller = SpiffeId.parse(text)
         except InvalidSpiffeId as error:
-            faults.append(f"{where}: caller {error.detail}")
+            fault(f"caller {error.detail}", "callers", i)
             continue
         if caller.is_root:
-            faults.append(f"{where}: caller '{caller}' names a trust domain, not a workload")
+            fault(f"caller '{caller}' names a trust domain, not a workload", "callers", i)
         callers.append(caller)
-    methods = _strings(entry, "methods", where, faults)
-    faults += [f"{where}: unknown method '{printable(m)}'" for m in methods if m not in METHODS]
-    paths = _strings(entry, "paths", where, faults)
-    faults += [f"{where}: path '{printable(p)}' {why}" for p in paths if (why := _path_fault(p))]
+    for i, method in enumerate(listed["methods"]):
+        if method not in METHODS:
+            fault(f"unknown method '{printable(method)}'", "methods", i)
+    for i, path in enumerate(listed["paths"]):
+        if why := _path_fault(path):
+            fault(f"path '{printable(path)}' {why}", "paths", i)
     if len(faults) > before:
         return None
-    return Rule(str(name), frozenset(callers), frozenset(methods), tuple(paths))
-
-
-def _strings(entry: Mapping[str, object], key: str, where: str, faults: list[str]) -> list[str]:
-    value = entry.get(key)
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        faults.append(f"{where}: '{key}' must be a non-empty list of strings")
-        return []
-    return value
+    return Rule(str(name), frozenset(callers), frozenset(listed["methods"]), tuple(listed["paths"]))
 
 
 def _path_fault(path: str) -> str | None:
@@ -315,19 +354,60 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyDocument:
+    """A ``policy.yaml`` as it was read: `content` for `Policy.parse`, and where each part of it stands."""
+
+    content: object
+    _root: yaml.Node | None
+
+    @classmethod
+    def read(cls, path: Path | str) -> PolicyDocument:
+        """Read a file. Raises `PolicyError` when it can't be read or is not YAML."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError([Fault(f"{path} can't be read: {error}")]) from error
+        try:
+            loader = _StrictLoader(text)
+            root = loader.get_single_node()
+            return cls(None if root is None else loader.construct_document(root), root)
+        except Exception as error:
+            # Not YAMLError alone: the constructors of dates and numbers let ValueError, KeyError and
+            # AttributeError through, and deep nesting ends in RecursionError.
+            mark = getattr(error, "problem_mark", None)
+            sentence = f"{path} is not YAML: {' '.join(str(error).split())}"
+            raise PolicyError([Fault(sentence, (), mark.line + 1 if mark else None)]) from error
+
+    def line(self, place: Place) -> int | None:
+        """The line of `place`, from 1; that of the nearest part around it when it is missing there."""
+        node = self._root
+        if node is None:
+            return None
+        line = node.start_mark.line
+        for step in place:
+            if isinstance(node, yaml.MappingNode):
+                found = next(((k, v) for k, v in node.value if k.value == step), None)
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                found = (node.value[step], node.value[step])
+            else:
+                found = None
+            if found is None:
+                break
+            line, node = found[0].start_mark.line, found[1]
+        return int(line) + 1
+
+    def policy(self) -> Policy:
+        """The policy it holds. Raises `PolicyError`, each fault with its line."""
+        try:
+            return Policy.parse(self.content)
+        except PolicyError as error:
+            raise PolicyError([Fault(f, f.place, self.line(f.place)) for f in error.faults]) from None
+
+
 def load_policy(path: Path | str) -> Policy:
     """Read and check a ``policy.yaml``. Raises `PolicyError` for anything that is wrong with it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError([f"{path} can't be read: {error}"]) from error
-    try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except Exception as error:
-        # Not YAMLError alone: the constructors of dates and numbers let ValueError, KeyError and
-        # AttributeError through, and deep nesting ends in RecursionError.
-        raise PolicyError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
-    return Policy.parse(document)
+    return PolicyDocument.read(path).policy()
 
 
 class PolicyFile:
