@@ -19,8 +19,8 @@ EXAMPLES = """\
 """
 
 AMBIGUOUS = (
-    "it holds one of these: an encoded '/', '\\', '.', '%' or NUL, a ';', an empty or dot segment, or bytes that are not "
-    "printable text. Such a path is refused before any rule is asked"
+    "it holds one of these: an encoded '/', '\\', '.', '%' or NUL, a ';', an empty or dot segment, bytes "
+    "that are not printable text. Such a path is refused before any rule is asked"
 )
 
 
