@@ -88,7 +88,8 @@ def _fetch(channel: grpc.Channel, deadline: Deadline) -> Any:
         metadata=(("workload.spiffe.io", "true"),),
     )
     try:
-        return next(call)
+        # On a thread: gRPC waits where Ctrl-C is not heard.
+        return deadline.bounded(lambda: next(call))
     except StopIteration:
         return fail(
             "agent",
@@ -96,6 +97,8 @@ def _fetch(channel: grpc.Channel, deadline: Deadline) -> Any:
             "look at the agent's log",
             Reason.NO_IDENTITY,
         )
+    except TimeoutError:
+        return _status(grpc.StatusCode.DEADLINE_EXCEEDED, "")
     except grpc.RpcError as error:
         return _status(error.code(), shown(str(error.details() or "")))
     finally:
