@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from spiffe._proto import workload_pb2, workload_pb2_grpc
 
 from tests.unit.cli_process import REPOSITORY, answer, environment, ztmtls
 from ztmtls.audit import AuditLog
@@ -326,13 +327,30 @@ async def test_agent_that_refuses(
     assert expected in found["text"]
 
 
-async def test_stream_that_ends_at_once(orders: Workload) -> None:
-    orders.fail_next(grpc.StatusCode.OK, None)
+async def test_stream_that_ends_at_once(folder: Path) -> None:
+    class Ending(workload_pb2_grpc.SpiffeWorkloadAPIServicer):
+        async def FetchX509SVID(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+            for nothing in ():
+                yield nothing
 
-    status, checks = await doctor(orders.endpoint)
+    server = grpc.aio.server()
+    workload_pb2_grpc.add_SpiffeWorkloadAPIServicer_to_server(Ending(), server)
+    server.add_insecure_port(f"unix:{folder}/agent.sock")
+    await server.start()
+    try:
+        found = await failure(f"unix:{folder}/agent.sock")
+    finally:
+        await server.stop(None)
 
-    assert status == 1
-    assert only(checks, "fail")["name"] == "agent"
+    assert (found["name"], found["reason"]) == ("agent", "no_identity")
+
+
+async def test_message_without_an_svid(orders: Workload) -> None:
+    orders.push_raw(workload_pb2.X509SVIDResponse())
+
+    found = await failure(orders.endpoint)
+
+    assert (found["name"], found["text"]) == ("svid", "it holds no SVID")
 
 
 # -- The SVID -------------------------------------------------------------------------------------------

@@ -157,6 +157,13 @@ def _listener(scheme: str, rest: str, deadline: Deadline) -> Check:
                 f"{rest} did not take our connection within the deadline",
                 "the agent is overloaded or stopped (SIGSTOP, a debugger), or a firewall drops packets",
             )
+        except PermissionError as error:
+            return fail(
+                "listener",
+                f"{rest} can't be connected to: {error.strerror}, although its mode allows it",
+                "SELinux or AppArmor (see the audit log), or capabilities that this container has dropped: "
+                "root without CAP_DAC_OVERRIDE is an ordinary user",
+            )
         except OSError as error:
             return fail("listener", f"{rest} can't be connected to: {error.strerror}", "look at the address")
     return ok("listener", f"somebody listens at {rest}")
