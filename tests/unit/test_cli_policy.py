@@ -291,6 +291,15 @@ def test_ambiguous_path_is_told_before_any_rule(policy: Path) -> None:
     assert (document["reason"], document["not_matched"]) == ("ambiguous_path", [])
 
 
+def test_explanation_of_a_broken_policy_is_its_faults(policy: Path) -> None:
+    policy.write_text("version: 1\nrules: []\n")
+
+    done = ztmtls("policy", "explain", policy, "--peer", FRONTEND, "--method", "GET", "--path", "/")
+
+    assert done.returncode == 1
+    assert done.stdout == f"{policy}:2: 'rules' must be a list with at least one rule\n"
+
+
 def test_lower_case_method_gets_a_hint(policy: Path) -> None:
     request = Request.sent(SpiffeId.parse(FRONTEND), "get", "/orders")
 

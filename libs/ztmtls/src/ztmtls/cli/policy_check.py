@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace) -> Exit:
         document = PolicyDocument.read(arguments.policy)
         policy = document.policy()
     except PolicyError as error:
-        return _report_faults(arguments, error.faults)
+        return report_faults(arguments.policy, error.faults, as_json=arguments.json)
     fit = None
     if arguments.app:
         fit = compare(policy, document, routes_of(load_app(arguments.app, factory=arguments.factory)))
@@ -178,13 +178,14 @@ def run(arguments: argparse.Namespace) -> Exit:
     return Exit.FINDINGS if fit and fit.findings else Exit.OK
 
 
-def _report_faults(arguments: argparse.Namespace, faults: tuple[Fault, ...]) -> Exit:
-    if arguments.json:
+def report_faults(path: str, faults: tuple[Fault, ...], *, as_json: bool) -> Exit:
+    """Print every fault of a policy file."""
+    if as_json:
         found = [{"line": f.line, "place": list(f.place), "text": str(f)} for f in faults]
-        write_json({"policy": arguments.policy, "valid": False, "faults": found})
+        write_json({"policy": path, "valid": False, "faults": found})
     else:
         for fault in faults:
-            write(fault_line(arguments.policy, fault))
+            write(fault_line(path, fault))
     return Exit.FINDINGS
 
 

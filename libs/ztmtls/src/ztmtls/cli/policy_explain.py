@@ -6,12 +6,13 @@ import argparse
 import sys
 from typing import Any
 
-from ztmtls.authz import Decision, Policy, load_policy
+from ztmtls.authz import Decision, PolicyError, load_policy
 from ztmtls.ids import InvalidSpiffeId, SpiffeId
 from ztmtls.reasons import Reason
 
 from .decision import Mismatch, Request, decide, mismatches
 from .output import Exit, Style, UsageError, command, shown, write, write_json
+from .policy_check import report_faults
 
 EXAMPLES = """\
   ztmtls policy explain policy.yaml --peer spiffe://zt.example/ns/zt-demo/sa/frontend \\
@@ -56,17 +57,20 @@ def workload_id(text: str, option: str) -> SpiffeId:
 def run(arguments: argparse.Namespace) -> Exit:
     """Explain one request."""
     request = Request.sent(workload_id(arguments.peer, "--peer"), arguments.method, arguments.path)
-    policy = load_policy(arguments.policy)
+    try:
+        policy = load_policy(arguments.policy)
+    except PolicyError as error:
+        return report_faults(arguments.policy, error.faults, as_json=arguments.json)
     decision = decide(policy, request)
     nearest = [] if decision.reason in (None, Reason.AMBIGUOUS_PATH) else mismatches(policy, request)
     if arguments.json:
         write_json(_as_dict(request, decision, nearest))
     else:
-        _report(arguments.policy, policy, request, decision, nearest)
+        _report(arguments.policy, request, decision, nearest)
     return Exit.OK if decision.allowed else Exit.FINDINGS
 
 
-def _report(path: str, policy: Policy, request: Request, decision: Decision, nearest: list[Mismatch]) -> None:
+def _report(path: str, request: Request, decision: Decision, nearest: list[Mismatch]) -> None:
     style = Style(sys.stdout)
     if decision.allowed:
         write(f"{style.good('allowed')} by rule {decision.rule} of {path}")
