@@ -421,7 +421,7 @@ class X509Source(_Holder):
         now = datetime.now(UTC)
         # Workload API section 4.5: report, discard the message, go on with the last good one.
         try:
-            svids, bundles, dropped = self._read(response, now)
+            svids, bundles, dropped = self.read(response, now)
         except Refusal as refusal:
             self._fault(f"update discarded: {refusal.detail}")
             return
@@ -445,10 +445,14 @@ class X509Source(_Holder):
         if dropped:
             self._fault("; ".join(dropped))
 
-    def _read(
+    def read(
         self, response: Any, now: datetime
     ) -> tuple[tuple[X509Svid, ...], dict[TrustDomain, X509Bundle], list[str]]:
-        """Read one response as a whole: what it does not hold is gone (Workload API section 4.4)."""
+        """Judge one ``X509SVIDResponse`` as a whole, without taking it over: what a running source would use.
+
+        Returns the SVIDs (the default first), the bundles, and why a federated one was dropped. Raises
+        `Refusal` for what is to be discarded. What a response does not hold is gone (Workload API 4.4).
+        """
         if not response.svids:
             raise InvalidSvid(Reason.INVALID_UPDATE, "it holds no SVID")
         svids: list[X509Svid] = []

@@ -332,8 +332,7 @@ class GenerationContext(ssl.SSLContext):
 
         A client does not linger for that: it might wait for an impostor that never hangs up.
         """
-        ended_by_caller = "ALERT" in (error.reason or "")
-        return self._side == "callee" and not ended_by_caller and reason_of(error) is not Reason.NOT_TLS
+        return self._side == "callee" and not is_alert(error) and reason_of(error) is not Reason.NOT_TLS
 
     def _authorize(self, peer: SpiffeId) -> None:
         assert self._authorizer is not None
@@ -529,9 +528,14 @@ def reason_of(error: ssl.SSLError) -> Reason:
     if isinstance(error, ssl.SSLCertVerificationError):
         return _VERIFY_CODES.get(error.verify_code, Reason.UNTRUSTED_AUTHORITY)
     said = error.reason or ""
-    if "ALERT" in said and any(name in said for name in _ALERTS_ABOUT_CERTIFICATES):
+    if is_alert(error) and any(name in said for name in _ALERTS_ABOUT_CERTIFICATES):
         return Reason.REFUSED_BY_SERVER
     return _OPENSSL_REASONS.get(said, Reason.TLS_FAILURE)
+
+
+def is_alert(error: ssl.SSLError) -> bool:
+    """True when the peer ended TLS with an alert, whatever it is about (RFC 8446 section 6.2)."""
+    return not isinstance(error, TlsRefused) and "ALERT" in (error.reason or "")
 
 
 def _openssl_text(error: ssl.SSLError) -> str:

@@ -43,7 +43,7 @@ def agent_checks(
     yield _clock(response, now)
     try:
         # What the library itself makes of this message, not a second opinion.
-        svids, bundles, dropped = X509Source(endpoint)._read(response, now)
+        svids, bundles, dropped = X509Source(endpoint).read(response, now)
         context = X509Context(1, svids, bundles, now)
     except Refusal as refusal:
         yield fail("svid", refusal.detail, _svid_advice(refusal.reason), refusal.reason)
