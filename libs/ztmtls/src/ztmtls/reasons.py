@@ -49,6 +49,21 @@ class Reason(StrEnum):
     INVALID_UPDATE = "invalid_update"
     INVALID_ENDPOINT = "invalid_endpoint"
 
+    # A JWT-SVID, and the bundles it is verified with.
+    JWT_MISSING = "jwt_missing"
+    JWT_MALFORMED = "jwt_malformed"
+    JWT_ALGORITHM = "jwt_algorithm"
+    JWT_TYPE = "jwt_type"
+    JWT_HEADER = "jwt_header"
+    JWT_SUBJECT = "jwt_subject"
+    JWT_UNKNOWN_KEY = "jwt_unknown_key"
+    JWT_SIGNATURE = "jwt_signature"
+    JWT_CLAIM = "jwt_claim"
+    JWT_EXPIRED = "jwt_expired"
+    JWT_NOT_YET_VALID = "jwt_not_yet_valid"
+    JWT_AUDIENCE = "jwt_audience"
+    NO_JWT_BUNDLES = "no_jwt_bundles"
+
     # Credentials by web identity.
     WEB_IDENTITY_MISSING = "web_identity_missing"
     WEB_IDENTITY_CONFLICT = "web_identity_conflict"

@@ -12,9 +12,7 @@ is no protected key store, no revocation service and no audit of what was signed
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -92,6 +90,7 @@ class Authority:
     created_at: datetime
     intermediates: tuple[x509.Certificate, ...] = ()
     jwt_key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: new_key(), repr=False)
+    former_jwt_keys: list[ec.EllipticCurvePrivateKey] = field(default_factory=list, repr=False)
     state: AuthorityState = AuthorityState.PREPARED
     latest_expiry: datetime | None = None
 
@@ -103,7 +102,7 @@ class Authority:
     @property
     def jwt_key_id(self) -> str:
         """The ``kid`` of this authority's JWT-SVIDs."""
-        return _key_identifier(self.jwt_key.public_key()).digest.hex()[:32]
+        return _jwt_key_id(self.jwt_key)
 
     @property
     def not_before(self) -> datetime:
@@ -192,8 +191,11 @@ class CertificateAuthority:
         return X509Bundle(self.trust_domain, tuple(anchors))
 
     def jwt_bundle(self) -> bytes:
-        """The JWT authorities published now, as a JWKS document (RFC 7517)."""
-        return json.dumps({"keys": [_jwk(a) for a in self.authorities]}, separators=(",", ":")).encode()
+        """The JWT authorities published now, as a JWKS document (RFC 7517), in SPIRE's form: no ``use``."""
+        from .jose import jwks, public_jwk
+
+        keys = [key for a in self.authorities for key in (*a.former_jwt_keys, a.jwt_key)]
+        return jwks(*(public_jwk(key, _jwt_key_id(key)) for key in keys))
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback()` after each change of the bundle, in the thread that made it.
@@ -283,6 +285,25 @@ class CertificateAuthority:
             signing = self.active
         self._notify()
         return signing
+
+    def rotate_jwt_key(self) -> str:
+        """Sign JWT-SVIDs with a new key from now on; returns its ``kid``. X.509 stays as it is.
+
+        The key before it stays in the JWT bundle until `retire_jwt_keys`.
+        """
+        with self._lock:
+            authority = self.active
+            authority.former_jwt_keys.append(authority.jwt_key)
+            authority.jwt_key = new_key()
+        self._notify()
+        return authority.jwt_key_id
+
+    def retire_jwt_keys(self) -> None:
+        """Take the keys that `rotate_jwt_key` replaced out of the JWT bundle: what they signed is refused."""
+        with self._lock:
+            for authority in self._authorities:
+                authority.former_jwt_keys.clear()
+        self._notify()
 
     def subordinate(
         self,
@@ -396,25 +417,43 @@ class CertificateAuthority:
             _extend_expiry(signer, end)
         return X509Svid(wanted, (leaf, *signer.intermediates), private_key, hint)
 
-    def issue_jwt(self, spiffe_id: SpiffeId | str, audience: Iterable[str], *, ttl: Duration = 300.0) -> str:
+    def issue_jwt(
+        self,
+        spiffe_id: SpiffeId | str,
+        audience: Iterable[str],
+        *,
+        ttl: Duration = 300.0,
+        header: Mapping[str, Any] | None = None,
+        claims: Mapping[str, Any] | None = None,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> str:
         """Sign a JWT-SVID (JWT-SVID section 3): ES256, with ``sub``, ``aud``, ``exp`` and ``iat``.
 
-        It expires no later than the signing authority.
+        It expires no later than the signing authority. `header` and `claims` are added, and shape the token
+        into one that must be refused too: None leaves a member out. `key` signs in place of the authority's.
+        Other algorithms: `ztmtls.testing.jose.sign_jwt`.
         """
-        import jwt
+        from .jose import sign_jwt
 
         now = self.clock()
         with self._lock:
             authority = self.active
             end = min(now + _timedelta(ttl), authority.not_after)
             _extend_expiry(authority, end)
-        claims = {
-            "sub": str(spiffe_id),
-            "aud": list(audience),
-            "iat": int(now.timestamp()),
-            "exp": math.ceil(end.timestamp()),
-        }
-        return jwt.encode(claims, authority.jwt_key, "ES256", headers={"kid": authority.jwt_key_id})
+        return sign_jwt(
+            _without_none({"alg": "ES256", "kid": authority.jwt_key_id, "typ": "JWT", **(header or {})}),
+            _without_none(
+                {
+                    "sub": str(spiffe_id),
+                    "aud": list(audience),
+                    "iat": int(now.timestamp()),
+                    "exp": math.ceil(end.timestamp()),
+                    **(claims or {}),
+                }
+            ),
+            key or authority.jwt_key,
+            algorithm="ES256",
+        )
 
     def context(
         self,
@@ -616,15 +655,12 @@ def _leaf_name(spiffe_id: SpiffeId) -> x509.Name:
     )
 
 
-def _jwk(authority: Authority) -> dict[str, str]:
-    numbers = authority.jwt_key.public_key().public_numbers()
-    return {
-        "kty": "EC",
-        "kid": authority.jwt_key_id,
-        "crv": "P-256",
-        "x": base64.urlsafe_b64encode(numbers.x.to_bytes(32, "big")).rstrip(b"=").decode(),
-        "y": base64.urlsafe_b64encode(numbers.y.to_bytes(32, "big")).rstrip(b"=").decode(),
-    }
+def _jwt_key_id(key: ec.EllipticCurvePrivateKey) -> str:
+    return _key_identifier(key.public_key()).digest.hex()[:32]
+
+
+def _without_none(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _extend_expiry(authority: Authority, moment: datetime) -> None:

@@ -35,12 +35,12 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-import jwt
 from google.protobuf.struct_pb2 import Struct
 from spiffe._proto import workload_pb2 as pb
 from spiffe._proto import workload_pb2_grpc as pb_grpc
 
 from ztmtls.ids import InvalidSpiffeId, SpiffeId, TrustDomain
+from ztmtls.jwt_svid import JwtBundle, JwtRefused, validate
 from ztmtls.svid import X509Bundle, X509Svid
 
 from .attestation import (
@@ -495,6 +495,11 @@ class Workload:
         others = (other for other in self._federates_with if isinstance(other, CertificateAuthority))
         return {ca.trust_domain: ca for ca in (*others, self.ca)}
 
+    def _jwt_bundles(self) -> dict[TrustDomain, JwtBundle]:
+        return {
+            domain: JwtBundle.from_jwks(domain, ca.jwt_bundle()) for domain, ca in self._authorities().items()
+        }
+
     def _federated_x509(self) -> dict[str, bytes]:
         bundles = (o.bundle if isinstance(o, CertificateAuthority) else o for o in self._federates_with)
         return {str(bundle.trust_domain.id): bundle.der() for bundle in bundles}
@@ -808,52 +813,12 @@ class _Servicer(pb_grpc.SpiffeWorkloadAPIServicer):
         if not request.svid:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "svid must be specified")
         try:
-            spiffe_id, claims = validate_jwt(request.svid, request.audience, workload._authorities())
-        except (jwt.PyJWTError, ValueError) as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        struct = Struct()
-        struct.update(claims)
-        return pb.ValidateJWTSVIDResponse(spiffe_id=str(spiffe_id), claims=struct)
-
-
-def validate_jwt(
-    token: str, audience: str, authorities: Mapping[TrustDomain, CertificateAuthority]
-) -> tuple[SpiffeId, dict[str, Any]]:
-    """Validate a JWT-SVID of one of `authorities` (JWT-SVID section 4): the subject and all claims.
-
-    The key is looked up in the bundle of the subject's own trust domain and nowhere else. Only ES256 is
-    accepted, the one algorithm these authorities sign with. Raises `jwt.PyJWTError` or `ValueError`.
-    """
-    header = jwt.get_unverified_header(token)
-    if header.get("typ", "JWT") not in ("JWT", "JOSE"):
-        raise ValueError("token header has a type that is neither JWT nor JOSE")
-    unverified = jwt.decode(token, options={"verify_signature": False})
-    spiffe_id = SpiffeId.parse(str(unverified.get("sub", "")))
-    ca = authorities.get(spiffe_id.trust_domain)
-    if ca is None:
-        raise ValueError(f"no JWT bundle for trust domain {spiffe_id.trust_domain}")
-    key = next((a.jwt_key for a in ca.authorities if a.jwt_key_id == header.get("kid")), None)
-    if key is None:
-        raise ValueError("the token's key is not in the JWT bundle of its trust domain")
-    claims: dict[str, Any] = jwt.decode(
-        token,
-        key.public_key(),
-        algorithms=["ES256"],
-        audience=audience,
-        # Times are checked below, by the authority's clock.
-        options={
-            "require": ["sub", "aud", "exp"],
-            "verify_exp": False,
-            "verify_iat": False,
-            "verify_nbf": False,
-        },
-    )
-    now = ca.clock().timestamp()
-    if float(claims["exp"]) <= now:
-        raise ValueError("token has expired")
-    if float(claims.get("nbf", 0)) > now:
-        raise ValueError("token is not valid yet")
-    return spiffe_id, claims
+            svid = validate(request.svid, request.audience, workload._jwt_bundles(), workload.ca.clock())
+        except JwtRefused as refusal:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, refusal.detail)
+        claims = Struct()
+        claims.update(svid.claims)
+        return pb.ValidateJWTSVIDResponse(spiffe_id=str(svid.id), claims=claims)
 
 
 _METHOD_OF: Mapping[type, str] = {
