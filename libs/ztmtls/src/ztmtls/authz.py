@@ -454,3 +454,19 @@ class PolicyFile:
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def authorize_request(
+    policy: Policy | PolicyFile, caller: SpiffeId, method: str, path: str, raw_path: bytes
+) -> str:
+    """The name of the rule that lets a verified `caller` do this. Raises `NotAuthorized` when none does.
+
+    `path` is the decoded path without the query, `raw_path` the same as it came.
+    """
+    if is_ambiguous(path, raw_path):
+        raise NotAuthorized(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
+    current = policy.current if isinstance(policy, PolicyFile) else policy
+    decision = current.decide(caller, method, path)
+    if not decision.allowed or decision.rule is None:
+        raise NotAuthorized(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
+    return decision.rule
