@@ -226,7 +226,7 @@ class JwtSource(SupervisedStream):
         # What was dropped meanwhile, by a denial or with its key, is not offered again.
         if kept is None or self._cache.get(request) is not kept or kept.svid.expiry.timestamp() <= now:
             raise failure
-        kept.fresh_until = now + _RETRY
+        kept.fresh_until = min(now + _RETRY, kept.svid.expiry.timestamp())
         logger.warning("%s (a JWT-SVID valid until %s is used on)", failure, rfc3339(kept.svid.expiry))
         return kept.svid
 

@@ -278,7 +278,7 @@ def _svid(jws: _Jws, token: str, subject: SpiffeId, now: datetime) -> JwtSvid:
         )
     audience = jws.claims.get("aud")
     values = [audience] if isinstance(audience, str) else audience
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise JwtRefused(Reason.JWT_AUDIENCE, "the token does not say whom it is for")
     return JwtSvid(subject, tuple(values), expiry, token, MappingProxyType(jws.claims))
 

@@ -25,7 +25,7 @@ import copy
 import logging
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -123,7 +123,8 @@ class Workload:
 
     `calls` counts the calls of registered processes by method name (``"FetchX509SVID"``), failed ones
     included; `denied_calls` those of all others, and `calls_without_header` those that lacked the
-    security header.
+    security header. `jwt_requests` holds the last ``FetchJWTSVID`` requests that were let in, as they came;
+    `jwt_ttl` is the life of the tokens that they get.
     """
 
     def __init__(
@@ -142,6 +143,8 @@ class Workload:
         self.calls: Counter[str] = Counter()
         self.denied_calls = 0
         self.calls_without_header = 0
+        self.jwt_requests: deque[pb.JWTSVIDRequest] = deque(maxlen=_MAX_QUEUED)
+        self.jwt_ttl: Duration = 300.0
         self._api = api
         self._loop = asyncio.get_running_loop()
         self._registrations = Registrations()
@@ -294,11 +297,13 @@ class Workload:
         self.push_raw(self.build_response(*svids, bundle=bundle, federated=federated))
 
     def push_raw(
-        self, response: pb.X509SVIDResponse | pb.X509BundlesResponse | pb.JWTBundlesResponse
+        self,
+        response: pb.X509SVIDResponse | pb.X509BundlesResponse | pb.JWTBundlesResponse | pb.JWTSVIDResponse,
     ) -> None:
         """Send this message as it is, on each open stream of its kind and to each new one.
 
-        X.509-SVID messages stay until `rotate`, bundle messages until `unpin`.
+        X.509-SVID messages stay until `rotate`, the others until `unpin`; JWT-SVIDs have no stream, so
+        theirs is the answer to each call.
         """
         method = _METHOD_OF[type(response)]
         self._pinned[method] = copy.deepcopy(response)
@@ -780,6 +785,10 @@ class _Servicer(pb_grpc.SpiffeWorkloadAPIServicer):
         self, request: pb.JWTSVIDRequest, context: Context
     ) -> pb.JWTSVIDResponse:
         workload = await self._api._admit(FETCH_JWT_SVID, context)
+        workload.jwt_requests.append(request)
+        pinned: pb.JWTSVIDResponse | None = workload._pinned.get(FETCH_JWT_SVID)
+        if pinned is not None:
+            return pinned
         if not request.audience or "" in request.audience:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "audience must be specified")
         identities = workload.identities
@@ -797,7 +806,7 @@ class _Servicer(pb_grpc.SpiffeWorkloadAPIServicer):
             svids=[
                 pb.JWTSVID(
                     spiffe_id=str(each.spiffe_id),
-                    svid=workload.ca.issue_jwt(each.spiffe_id, request.audience),
+                    svid=workload.ca.issue_jwt(each.spiffe_id, request.audience, ttl=workload.jwt_ttl),
                     hint=each.hint,
                 )
                 for each in identities
@@ -825,6 +834,7 @@ _METHOD_OF: Mapping[type, str] = {
     pb.X509SVIDResponse: FETCH_X509_SVID,
     pb.X509BundlesResponse: FETCH_X509_BUNDLES,
     pb.JWTBundlesResponse: FETCH_JWT_BUNDLES,
+    pb.JWTSVIDResponse: FETCH_JWT_SVID,
 }
 
 
