@@ -476,6 +476,7 @@ async def test_closed_source_offers_nothing(workload: Workload, ca: CertificateA
 
     with pytest.raises(NoIdentity, match="closed"):
         await waiting
+    workload.resume()
     assert source.state is SourceState.CLOSED
     assert await fetch_reason(source) is Reason.NO_IDENTITY
     with pytest.raises(NoBundles, match="closed"):
