@@ -359,7 +359,7 @@ async def test_fetch_waits_for_an_agent_that_is_being_replaced(source: JwtSource
 
 async def test_fetch_has_a_deadline(workload: Workload) -> None:
     workload.hang()
-    async with JwtSource(workload.endpoint, timeout=0.2) as source:
+    async with JwtSource(workload.endpoint, timeout=0.2) as source, asyncio.timeout(10):
         assert await fetch_reason(source) is Reason.NO_IDENTITY
 
 
