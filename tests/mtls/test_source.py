@@ -254,7 +254,7 @@ async def test_agent_that_answers_late_gives_a_lost_identity_back(
         await until(lambda: source.state is SourceState.EXPIRED, 10)
         silences = source.status().failures
         await until(lambda: source.status().failures >= silences + 3, 20)
-        patience = [source._patience()]
+        patience = [source._patience(answered=False)]
         workload.resume()
         await rotated(source, workload)
     assert patience[0] >= 0.8
@@ -294,7 +294,7 @@ async def test_silent_stream_is_noticed_after_the_wall_clock_jumped(
     asleep = 24 * 3600.0
     real = time.time
     workload.hang()
-    monkeypatch.setattr("ztmtls.source.time.time", lambda: real() + asleep)
+    monkeypatch.setattr("ztmtls.stream.time.time", lambda: real() + asleep)
     await until(lambda: "silent" in source.status().reason, 10)
     assert source.state is SourceState.EXPIRED
     monkeypatch.undo()
@@ -365,7 +365,7 @@ async def test_silent_stream_is_opened_anew_before_the_svid_runs_out(ca: Certifi
 async def test_repeated_failures_are_logged_once(
     source: X509Source, workload: Workload, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "ztmtls.source")
+    caplog.set_level(logging.INFO, "ztmtls")
     workload.fail_next(grpc.StatusCode.UNAVAILABLE, 4)
     workload.end(grpc.StatusCode.UNAVAILABLE, "refused by the test")
     await rotated(source, workload)

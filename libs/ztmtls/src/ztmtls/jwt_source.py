@@ -252,9 +252,9 @@ class JwtSource(SupervisedStream):
     def _has_something_to_lose(self) -> bool:
         return self._bundles is not None
 
-    def _on_denial(self) -> float:
+    def _on_denial(self, opened: float) -> float:
         self._cache.clear()  # the agent is asked again before a token is used on
-        return super()._on_denial()
+        return super()._on_denial(opened)
 
     def _receive(self, response: Any) -> None:
         """Read one response as a whole: what it does not hold is gone (Workload API section 4.4)."""

@@ -7,26 +7,21 @@ it ends it.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
-import os
-import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-import grpc
-import grpc.aio
-from spiffe._proto import workload_pb2, workload_pb2_grpc
+from spiffe._proto import workload_pb2
 
 from .ids import SpiffeId, TrustDomain
 from .material import check_bundle, check_svid
 from .reasons import Reason, Refusal, printable
+from .stream import DENIAL_GRACE, METADATA, Announcer, SupervisedStream
 from .svid import InvalidSvid, X509Bundle, X509Context, X509Svid, rfc3339
 from .verify import PeerRefused, verify_peer
 from .workload_endpoint import parse_endpoint
@@ -82,19 +77,11 @@ class Source(Protocol):
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]: ...
 
 
-class _Holder:
-    """The snapshot, who may see it, and who wants to know of changes. Shared by both kinds of source."""
+class _Holder(Announcer):
+    """The snapshot and who may see it. Shared by both kinds of source."""
 
-    def __init__(self) -> None:
-        self._snapshot: X509Context | None = None
-        self._denied = False
-        self._closed = False
-        self._problem = "no SVID has arrived yet"
-        self._last_update: datetime | None = None
-        self._failures = 0
-        self._connected = False
-        self._subscribers: list[Callable[[], None]] = []
-        self._changed = threading.Condition()
+    _problem = "no SVID has arrived yet"
+    _snapshot: X509Context | None = None
 
     @property
     def context(self) -> X509Context:
@@ -143,14 +130,6 @@ class _Holder:
             else {},
         )
 
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` after every change of the context or of who may see it; returns the way out.
-
-        It runs on the source's own event loop or thread and must return at once.
-        """
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
-
     def wait(self, timeout: float | None = None) -> X509Context:
         """Block this thread until there is an identity; for programs without an event loop.
 
@@ -185,15 +164,6 @@ class _Holder:
             self._notify()
         return not unchanged
 
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-        for callback in tuple(self._subscribers):
-            try:
-                callback()
-            except (Exception, asyncio.CancelledError):  # a subscriber's own trouble must not be ours
-                logger.exception("a subscriber of the X.509 source failed")
-
 
 class StaticSource(_Holder):
     """A source that holds what it is given: for tests, and for programs with an identity from elsewhere."""
@@ -213,18 +183,6 @@ class StaticSource(_Holder):
         self._notify()
 
 
-# Retries: the first comes at once, then ever later, with jitter so that many workloads on one node do not
-# ask in step. Nothing here grows without bound.
-_FIRST_DELAY = 0.1
-_LONGEST_DELAY = 5.0
-# InvalidArgument and Unimplemented mean that asking again won't help (Workload Endpoint section 6): ask
-# seldom, but do ask, since an agent is replaced without telling us.
-_FUTILE_DELAY = 10.0
-_FUTILE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
-# A denial must hold this long before the identity is dropped: entries flap for a moment when a server
-# restarts. Dropping must happen (Workload API section 5.2.1), and well within 5 s.
-DENIAL_GRACE = 2.0
-_DENIAL_MEMORY = 3 * _LONGEST_DELAY
 # When this part of the life that an SVID had left has passed without an update, the stream is opened anew: it
 # may be dead in a way that the socket does not show. Agents renew at half of the life.
 _OVERDUE = 0.75
@@ -232,11 +190,9 @@ _OVERDUE = 0.75
 # patience begins short and doubles up to the same: a hung agent is soon left, a slow one is waited for.
 _FIRST_ANSWER = 30.0
 _URGENT_ANSWER = 5.0
-# How often a quiet stream is looked at, in seconds: the wall clock may jump when a machine wakes up.
-_LOOK = 1.0
 
 
-class X509Source(_Holder):
+class X509Source(_Holder, SupervisedStream):
     """The identity of this workload, from the Workload API, for as long as the process lives.
 
     Use ``async with`` in a program with an event loop, and plain ``with`` in one without: then the stream
@@ -250,6 +206,8 @@ class X509Source(_Holder):
         picker: chooses the default SVID among several, when `expected_id` does not.
     """
 
+    _name = "ztmtls-x509-source"
+
     def __init__(
         self,
         endpoint: str | None = None,
@@ -257,158 +215,25 @@ class X509Source(_Holder):
         expected_id: SpiffeId | str | None = None,
         picker: Picker | None = None,
     ) -> None:
-        super().__init__()
-        self.target = parse_endpoint(endpoint)
+        super().__init__(parse_endpoint(endpoint))
         self._expected = SpiffeId.parse(expected_id) if isinstance(expected_id, str) else expected_id
         self._picker = picker
-        self._task: asyncio.Task[None] | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._attempt = 0
-        self._silences = 0
-        self._denied_since: float | None = None
-        self._denied_last = 0.0
-        self._last_logged = ""
-        self._repeats = 0
-
-    # --- life ---
-
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._supervise(), name="ztmtls-x509-source")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._close()
-
-    def __enter__(self) -> Self:
-        started = threading.Event()
-
-        async def main() -> None:
-            self._loop = asyncio.get_running_loop()
-            self._task = asyncio.create_task(self._supervise(), name="ztmtls-x509-source")
-            started.set()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(main()), name="ztmtls-x509-source", daemon=True
-        )
-        self._thread.start()
-        started.wait()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._loop is not None and self._task is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._task.cancel)
-            self._thread.join()
-        self._close()
-
-    def _close(self) -> None:
-        self._closed = True
-        self._notify()
 
     async def ready(self, timeout: float | None = None) -> X509Context:
         """Wait for an identity.
 
         Raises `NoIdentity` with what is wrong when `timeout` seconds pass, or when the source is closed.
         """
-        loop = asyncio.get_running_loop()
-        changed = asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
-
-        unsubscribe = self.subscribe(wake)
-        try:
-            async with asyncio.timeout(timeout):
-                while not self._settled():
-                    await changed.wait()
-                    changed.clear()
-        except TimeoutError:
-            pass  # the context, or why there is none
-        finally:
-            unsubscribe()
+        with contextlib.suppress(TimeoutError):
+            await self._until_usable(timeout)
         return self.context
 
     # --- the stream ---
 
-    async def _supervise(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        while True:
-            opened = time.monotonic()
-            try:
-                await self._stream_once()
-                delay = self._backoff(opened)
-            except grpc.RpcError as error:
-                delay = self._on_status(error, opened)
-            except (Exception, asyncio.CancelledError) as error:
-                if task.cancelling():
-                    raise
-                # Nothing that arrives may end this loop (gRPC cancels calls of its own accord, too). The
-                # type is enough to find the cause; the text of an unknown error might hold what must not
-                # be logged.
-                self._fault(f"unexpected {type(error).__name__} while reading the Workload API")
-                delay = self._backoff(opened)
-            self._connected = False
-            await asyncio.sleep(delay)
+    def _call(self, stub: Any) -> Any:
+        return stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=METADATA)
 
-    async def _stream_once(self) -> None:
-        # A channel of its own for each attempt: gRPC's own reconnect backoff grows to minutes, and the
-        # socket file may be another one now. Nor is a connection of a former attempt taken up again: an
-        # agent attests the caller per connection. Local calls never go through a proxy.
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_http_proxy", 0),
-            ("grpc.max_receive_message_length", 16 << 20),
-        ]
-        async with grpc.aio.insecure_channel(self.target, options=options) as channel:
-            stub: Any = workload_pb2_grpc.SpiffeWorkloadAPIStub(channel)  # type: ignore[no-untyped-call]
-            call = stub.FetchX509SVID(
-                workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),)
-            )
-            while True:
-                response = await self._next_message(call)
-                if response is None:
-                    self._silences += 1
-                    self._fault("the agent is silent although an update is due")
-                    return
-                if response is grpc.aio.EOF:
-                    if await call.code() is not grpc.StatusCode.OK:
-                        await call.read()  # raises the status
-                    self._fault("the agent ended the stream")
-                    return
-                self._on_update(response)
-
-    async def _next_message(self, call: Any) -> Any:
-        """What the stream brings next; None when it is quiet for longer than it is believed."""
-        patience = self._patience()
-        began = (time.monotonic(), time.time())
-        reading = asyncio.ensure_future(call.read())
-        try:
-            while not reading.done():
-                silent_for = max(time.monotonic() - began[0], time.time() - began[1])
-                if silent_for >= patience:
-                    return None
-                await asyncio.wait({reading}, timeout=min(_LOOK, patience - silent_for))
-            return reading.result()
-        finally:
-            reading.cancel()
-
-    def _patience(self) -> float:
-        """How long a quiet stream is believed, in seconds."""
+    def _patience(self, answered: bool) -> float:
         snapshot = self._snapshot
         if snapshot is None:
             return _FIRST_ANSWER
@@ -416,23 +241,14 @@ class X509Source(_Holder):
             return min(_FIRST_ANSWER, _URGENT_ANSWER * float(2 ** min(self._silences, 10)))
         return max((snapshot.svid.expires - time.time()) * _OVERDUE, 1.0)
 
-    def _on_update(self, response: Any) -> None:
-        self._silences = 0
+    def _has_something_to_lose(self) -> bool:
+        return self._snapshot is not None
+
+    def _receive(self, response: Any) -> None:
         now = datetime.now(UTC)
-        # Workload API section 4.5: report, discard the message, go on with the last good one.
-        try:
-            svids, bundles, dropped = self.read(response, now)
-        except Refusal as refusal:
-            self._fault(f"update discarded: {refusal.detail}")
-            return
-        except Exception as error:
-            self._fault(f"update discarded: reading it ended in {type(error).__name__}")
-            return
-        self._denied_since = None
+        svids, bundles, dropped = self.read(response, now)
         changed = self._install(svids, bundles, now)
-        if self._last_logged or self._repeats:
-            logger.info("the Workload API answers again (after %d more failures)", self._repeats)
-            self._last_logged, self._repeats = "", 0
+        self._recovered()
         if changed:
             svid = svids[0]
             logger.info(
@@ -502,61 +318,6 @@ class X509Source(_Holder):
         else:
             chosen = svids[0]
         return (chosen, *(s for s in svids if s is not chosen))
-
-    # --- failures ---
-
-    def _on_status(self, error: grpc.RpcError, opened: float) -> float:
-        code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
-        detail = printable(str(error.details() or "")) if hasattr(error, "details") else ""
-        if code is grpc.StatusCode.PERMISSION_DENIED:
-            return self._on_denial(detail, opened)
-        if code is grpc.StatusCode.UNAVAILABLE and "connect" in detail:
-            self._fault(self._unreachable())
-            return self._backoff(opened)
-        self._fault(
-            f"the agent answered {code.name}: {detail}" if detail else f"the agent answered {code.name}"
-        )
-        return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff(opened)  # noqa: S311
-
-    def _unreachable(self) -> str:
-        scheme, _, path = self.target.partition(":")
-        if scheme == "unix" and not os.path.exists(path):
-            return "the Workload API can't be reached: there is no socket"
-        return "the Workload API can't be reached: nobody answers there"
-
-    def _on_denial(self, detail: str, opened: float) -> float:
-        self._fault(f"no entry for this workload: the agent answered PERMISSION_DENIED: {detail}")
-        now = time.monotonic()
-        # Other failures in between don't give the identity back; a long time without a denial does.
-        if self._denied_since is None or now - self._denied_last > _DENIAL_MEMORY:
-            self._denied_since = now
-        self._denied_last = now
-        held = now - self._denied_since
-        # Without an identity to lose there is nothing to wait for.
-        if not self._denied and (self._snapshot is None or held >= DENIAL_GRACE):
-            self._denied = True
-            self._notify()
-        if not self._denied:
-            return min(self._backoff(opened), max(DENIAL_GRACE - held, 0.05))
-        return self._backoff(opened)
-
-    def _backoff(self, opened: float) -> float:
-        # Only a stream that lived for a while ends the growth: not one that brings an update and closes.
-        if time.monotonic() - opened > _LONGEST_DELAY:
-            self._attempt = 0
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * float(2 ** min(self._attempt, 10)))
-        self._attempt += 1
-        return delay * random.uniform(0.75, 1.0)  # noqa: S311 - spreads load, no secret
-
-    def _fault(self, problem: str) -> None:
-        """Remember what is wrong. The same thing again is counted, not logged."""
-        self._problem = problem
-        self._failures += 1
-        if problem == self._last_logged:
-            self._repeats += 1
-            return
-        self._last_logged, self._repeats = problem, 0
-        logger.warning("%s (Workload API at %s)", problem, self.target)
 
 
 def _read_svid(message: Any, now: datetime) -> tuple[X509Svid, X509Bundle]:

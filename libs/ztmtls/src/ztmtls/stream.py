@@ -41,6 +41,9 @@ _FUTILE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 # A denial must hold this long before what we have is dropped: entries flap for a moment when a server
 # restarts. Dropping must happen (Workload API sections 5.2.1 and 6.2.2), and well within 5 s.
 DENIAL_GRACE = 2.0
+_DENIAL_MEMORY = 3 * _LONGEST_DELAY
+# How often a quiet stream is looked at, in seconds: the wall clock may jump when a machine wakes up.
+_LOOK = 1.0
 
 
 def open_channel(target: str, **more: int) -> grpc.aio.Channel:
@@ -86,8 +89,40 @@ def explain(target: str, code: grpc.StatusCode, detail: str) -> str:
     return f"the agent answered {code.name}: {detail}" if detail else f"the agent answered {code.name}"
 
 
-class SupervisedStream(ABC):
-    """Base of a source that lives on one stream of the Workload API. It never dies.
+class Announcer:
+    """What a source knows about itself, and who wants to know of changes."""
+
+    _problem = "nothing has arrived yet"
+    _last_update: datetime | None = None
+    _failures = 0
+    _connected = False
+    _denied = False
+    _closed = False
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` after every change of what is offered, or to whom; returns the way out.
+
+        It runs on the source's own event loop or thread and must return at once.
+        """
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        for callback in tuple(self._subscribers):
+            try:
+                callback()
+            except (Exception, asyncio.CancelledError):  # a subscriber's own trouble must not be ours
+                logger.exception("a subscriber of a Workload API source failed")
+
+
+class SupervisedStream(Announcer, ABC):
+    """Base of a source that lives on one stream of the Workload API; only closing it ends it.
 
     Use ``async with`` in a program with an event loop, and plain ``with`` in one without: then the stream
     runs on a thread of its own. Either way entering returns at once.
@@ -96,20 +131,15 @@ class SupervisedStream(ABC):
     _name: str
 
     def __init__(self, target: str) -> None:
+        super().__init__()
         self.target = target
-        self._problem = "nothing has arrived yet"
-        self._last_update: datetime | None = None
-        self._failures = 0
-        self._connected = False
-        self._denied = False
-        self._closed = False
-        self._subscribers: list[Callable[[], None]] = []
-        self._changed = threading.Condition()
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attempt = 0
+        self._silences = 0
         self._denied_since: float | None = None
+        self._denied_last = 0.0
         self._last_logged = ""
         self._repeats = 0
 
@@ -186,27 +216,8 @@ class SupervisedStream(ABC):
         self._closed = True
         self._notify()
 
-    # --- who wants to know ---
-
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` after every change of what is offered; returns the way out.
-
-        It runs on the source's own event loop or thread and must return at once.
-        """
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
-
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-        for callback in tuple(self._subscribers):
-            try:
-                callback()
-            except Exception:
-                logger.exception("a subscriber of %s failed", self._name)
-
     async def _until_usable(self, timeout: float | None) -> None:
-        """Wait until there is something to offer. Raises `TimeoutError`."""
+        """Wait until there is something to offer, or the source is closed. Raises `TimeoutError`."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
 
@@ -216,7 +227,7 @@ class SupervisedStream(ABC):
         unsubscribe = self.subscribe(wake)
         try:
             async with asyncio.timeout(timeout):
-                while not self._usable():
+                while not self._usable() and not self._closed:
                     await changed.wait()
                     changed.clear()
         finally:
@@ -225,20 +236,25 @@ class SupervisedStream(ABC):
     # --- the stream ---
 
     async def _supervise(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         while True:
-            delay = 0.0
+            delay, opened = 0.0, time.monotonic()
             try:
                 problem = await self._stream_once()
                 if problem:
                     self._fault(problem)
-                    delay = self._backoff()
+                    delay = self._backoff(opened)
             except grpc.RpcError as error:
-                delay = self._on_status(error)
-            except Exception as error:
-                # Nothing that arrives may end this loop. The type is enough to find the cause; the text
-                # of an unknown error might hold what must not be logged.
+                delay = self._on_status(error, opened)
+            except (Exception, asyncio.CancelledError) as error:
+                if task.cancelling():
+                    raise
+                # Nothing that arrives may end this loop (gRPC cancels calls of its own accord, too). The
+                # type is enough to find the cause; the text of an unknown error might hold what must not
+                # be logged.
                 self._fault(f"unexpected {type(error).__name__} while reading the Workload API")
-                delay = self._backoff()
+                delay = self._backoff(opened)
             if delay:
                 self._connected = False
                 await asyncio.sleep(delay)
@@ -249,26 +265,40 @@ class SupervisedStream(ABC):
             call = self._call(stub_of(channel))
             answered = False
             while True:
-                # Not wait_for: before Python 3.12 it swallows a cancellation that comes with an answer.
-                try:
-                    async with asyncio.timeout(self._patience(answered)):
-                        response = await call.read()
-                except TimeoutError:
+                response = await self._next_message(call, answered)
+                if response is None:
+                    self._silences += 1
                     return self._silence(answered)
                 if response is grpc.aio.EOF:
                     if await call.code() is not grpc.StatusCode.OK:
                         await call.read()  # raises the status
                     return "the agent ended the stream"
-                answered = True
+                answered, self._silences = True, 0
+                # Workload API section 4.5: report, discard the message, go on with the last good one.
                 try:
                     self._receive(response)
                 except Refusal as refusal:
-                    # Workload API section 4.5: report, discard the message, go on with the last good one.
                     self._fault(f"update discarded: {refusal.detail}")
+                except Exception as error:
+                    self._fault(f"update discarded: reading it ended in {type(error).__name__}")
+
+    async def _next_message(self, call: Any, answered: bool) -> Any:
+        """What the stream brings next; None when it is quiet for longer than it is believed."""
+        patience = self._patience(answered)
+        began = (time.monotonic(), time.time())
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while not reading.done():
+                silent_for = max(time.monotonic() - began[0], time.time() - began[1])
+                if silent_for >= patience:
+                    return None
+                await asyncio.wait({reading}, timeout=min(_LOOK, patience - silent_for))
+            return reading.result()
+        finally:
+            reading.cancel()
 
     def _recovered(self) -> None:
         """A good message has arrived."""
-        self._attempt = 0
         self._denied_since = None
         self._denied = False
         self._connected = True
@@ -279,27 +309,32 @@ class SupervisedStream(ABC):
 
     # --- failures ---
 
-    def _on_status(self, error: grpc.RpcError) -> float:
+    def _on_status(self, error: grpc.RpcError, opened: float) -> float:
         code, detail = status_of(error)
         self._fault(explain(self.target, code, detail))
         if code is grpc.StatusCode.PERMISSION_DENIED:
-            return self._on_denial()
-        self._denied_since = None
-        return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff()  # noqa: S311
+            return self._on_denial(opened)
+        return _FUTILE_DELAY * random.uniform(0.9, 1.1) if code in _FUTILE else self._backoff(opened)  # noqa: S311
 
-    def _on_denial(self) -> float:
+    def _on_denial(self, opened: float) -> float:
         now = time.monotonic()
-        if self._denied_since is None:
+        # Other failures in between give nothing back; a long time without a denial does.
+        if self._denied_since is None or now - self._denied_last > _DENIAL_MEMORY:
             self._denied_since = now
+        self._denied_last = now
         held = now - self._denied_since
+        # Without anything to lose there is nothing to wait for.
         if not self._denied and (not self._has_something_to_lose() or held >= DENIAL_GRACE):
             self._denied = True
             self._notify()
         if not self._denied:
-            return min(self._backoff(), max(DENIAL_GRACE - held, 0.05))
-        return self._backoff()
+            return min(self._backoff(opened), max(DENIAL_GRACE - held, 0.05))
+        return self._backoff(opened)
 
-    def _backoff(self) -> float:
+    def _backoff(self, opened: float) -> float:
+        # Only a stream that lived for a while ends the growth: not one that brings an update and closes.
+        if time.monotonic() - opened > _LONGEST_DELAY:
+            self._attempt = 0
         delay = min(_LONGEST_DELAY, _FIRST_DELAY * float(2 ** min(self._attempt, 10)))
         self._attempt += 1
         return delay * random.uniform(0.75, 1.0)  # noqa: S311 - spreads load, no secret
