@@ -57,7 +57,7 @@ test: setup ## Run every test
 
 .PHONY: check
 check: setup ## Format, lint and types, then the quick tests
-	@echo "== ruff format"; .venv/bin/ruff format --check --exclude '*.md' $(CHECKED)
+	@echo "== ruff format"; .venv/bin/ruff format --check $(CHECKED)
 	@echo "== ruff check"; .venv/bin/ruff check $(CHECKED)
 	@echo "== mypy"; .venv/bin/mypy
 	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q $(QUICK_TESTS) $(ARGS)

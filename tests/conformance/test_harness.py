@@ -17,7 +17,7 @@ import pytest
 from tests.mtls.conftest import free_port
 from ztmtls.testing import CertificateAuthority, Workload
 
-from .conftest import DOMAIN, PEER, conformance
+from .conftest import DOMAIN, OURS, PEER, conformance
 from .peers import HOST, call, plain_server
 
 
@@ -124,13 +124,23 @@ async def test_request_that_is_none_is_an_error_and_no_rejection(harness: Harnes
     assert (status, answer["status"]) == (500, "error")
 
 
-async def test_what_it_is_and_what_it_can_not_do(harness: Harness) -> None:
+async def test_what_it_is(harness: Harness) -> None:
     status, info = await harness.ask("GET", "/v1/info")
     assert (status, info["sdk"]) == (200, "ztmtls")
 
-    for path in ("/v1/jwt/validate", "/v1/jwt/fetch"):
-        status, answer = await harness.ask("POST", path, json={})
-        assert (status, answer["status"]) == (501, "unsupported")
+
+async def test_jwt_svids_are_fetched_and_validated(harness: Harness) -> None:
+    status, answer = await harness.ask("POST", "/v1/jwt/fetch", json={"audience": ["conformance"]})
+    assert (status, answer["status"]) == (200, "ok")
+    (svid,) = answer["svids"]
+    assert svid["spiffe_id"] == OURS
+
+    body = {"token": svid["token"], "audience": "conformance"}
+    status, answer = await harness.ask("POST", "/v1/jwt/validate", json=body)
+    assert (status, answer["spiffe_id"], answer["claims"]["sub"]) == (200, OURS, OURS)
+
+    status, answer = await harness.ask("POST", "/v1/jwt/validate", json=body | {"audience": "another"})
+    assert (status, answer["status"]) == (422, "rejected")
 
 
 @conformance("XS-3")

@@ -7,7 +7,8 @@ It takes its identity from the Workload API and opens two ports on 127.0.0.1, wh
 - ``SPIFFE_X509_PORT``: mutual TLS. The peer's SPIFFE ID and a newline are written to whoever presents a
   valid X.509-SVID; anybody else is dropped without a byte.
 - ``SPIFFE_CONTROL_PORT``: HTTP/1.1 with JSON. ``POST /v1/x509/dial`` connects to an address as a client;
-  ``POST /v1/jwt/validate`` and ``POST /v1/jwt/fetch`` answer 501; ``GET /v1/info`` says what this is.
+  ``POST /v1/jwt/validate`` and ``POST /v1/jwt/fetch`` do the same for JWT-SVIDs; ``GET /v1/info`` says what
+  this is.
 
 ``READY`` follows once the first SVID has arrived. SIGTERM ends it. Every verified peer is accepted: what is
 tested is authentication, so this never belongs into production. Needs ``ztmtls[client]``.
@@ -30,6 +31,7 @@ from aiohttp import web
 
 from ztmtls.audit import AuditLog
 from ztmtls.ids import SpiffeId
+from ztmtls.jwt_source import JwtSource, NoBundles
 from ztmtls.reasons import Reason, Refusal
 from ztmtls.source import Source, X509Source
 from ztmtls.tls import client_context, connection_of, reason_of, server_context
@@ -148,13 +150,41 @@ def x509_dial(source: Source) -> Operation:
     return operation
 
 
+def jwt_validate(source: JwtSource) -> Operation:
+    """The operation ``/v1/jwt/validate`` for `source`."""
+
+    async def operation(body: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            svid = await source.validate(body["token"], body["audience"])
+        except NoBundles as refusal:  # no verdict on the token
+            raise RuntimeError(str(refusal)) from refusal
+        return {"spiffe_id": str(svid.id), "claims": dict(svid.claims)}
+
+    return operation
+
+
+def jwt_fetch(source: JwtSource) -> Operation:
+    """The operation ``/v1/jwt/fetch`` for `source`."""
+
+    async def operation(body: Mapping[str, Any]) -> dict[str, Any]:
+        svid = await source.fetch(*body["audience"], spiffe_id=body.get("spiffe_id") or None)
+        return {"svids": [{"spiffe_id": str(svid.id), "token": svid.token, "hint": ""}]}
+
+    return operation
+
+
 async def run() -> None:
     """Serve until SIGTERM."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    async with X509Source() as source:
-        runner = web.AppRunner(control({"/v1/x509/dial": x509_dial(source)}), access_log=None)
+    async with X509Source() as source, JwtSource() as jwt_source:
+        operations = {
+            "/v1/x509/dial": x509_dial(source),
+            "/v1/jwt/validate": jwt_validate(jwt_source),
+            "/v1/jwt/fetch": jwt_fetch(jwt_source),
+        }
+        runner = web.AppRunner(control(operations), access_log=None)
         await runner.setup()
         try:
             site = web.TCPSite(runner, HOST, 0, shutdown_timeout=1)
