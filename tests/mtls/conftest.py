@@ -118,6 +118,7 @@ async def serving(
     app: Any = None,
     grace: float = 1.0,
     live_limits: LiveLimits = PATIENT,
+    tracer: Any = None,
 ) -> AsyncIterator[Served]:
     """Run `server.serve` on a free port."""
     served = Served(free_port(), source, io.StringIO())
@@ -134,6 +135,7 @@ async def serving(
             http=http,
             grace=grace,
             live_limits=live_limits,
+            tracer=tracer,
             probes=served.probes,
         )
     )

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import aiohttp
 import httpx
@@ -29,6 +29,9 @@ from .ids import SpiffeId
 from .reasons import Reason, Refusal
 from .source import Source
 from .tls import Connection, GenerationContext, TlsRefused, connection_of, reason_of
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 DEFAULT_TIMEOUT = httpx.Timeout(10.0, connect=5.0, pool=5.0)
 DEFAULT_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=30.0)
@@ -83,6 +86,7 @@ class AsyncClient(httpx.AsyncClient):
         source: our identity.
         peer: the SPIFFE ID the server must prove, or an authorizer.
         base_url, timeout, headers: as in httpx.
+        tracer: an OpenTelemetry tracer for a span per request: see `tracing`.
 
     There are no redirects, no proxies and no other settings from the environment. Nothing is sent twice,
     but for one more try of an idempotent method (RFC 9110 section 9.2.2; never POST or PATCH) whose
@@ -100,6 +104,7 @@ class AsyncClient(httpx.AsyncClient):
         limits: httpx.Limits = DEFAULT_LIMITS,
         headers: dict[str, str] | None = None,
         audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(
             base_url=base_url,
@@ -107,7 +112,9 @@ class AsyncClient(httpx.AsyncClient):
             headers=headers,
             trust_env=False,
             follow_redirects=False,
-            transport=_AsyncTransport(_Pools(source, _authorizer(peer), audit, limits, _AsyncPool)),
+            transport=_async_transport(
+                _AsyncTransport(_Pools(source, _authorizer(peer), audit, limits, _AsyncPool)), tracer
+            ),
         )
 
     async def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
@@ -129,6 +136,7 @@ class Client(httpx.Client):
         limits: httpx.Limits = DEFAULT_LIMITS,
         headers: dict[str, str] | None = None,
         audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(
             base_url=base_url,
@@ -136,7 +144,9 @@ class Client(httpx.Client):
             headers=headers,
             trust_env=False,
             follow_redirects=False,
-            transport=_SyncTransport(_Pools(source, _authorizer(peer), audit, limits, _SyncPool)),
+            transport=_sync_transport(
+                _SyncTransport(_Pools(source, _authorizer(peer), audit, limits, _SyncPool)), tracer
+            ),
         )
 
     def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
@@ -147,6 +157,22 @@ class Client(httpx.Client):
 
 def _authorizer(peer: SpiffeId | str | Authorizer) -> Authorizer:
     return exact(peer) if isinstance(peer, (SpiffeId, str)) else peer
+
+
+def _async_transport(transport: _AsyncTransport, tracer: Tracer | None) -> httpx.AsyncBaseTransport:
+    if tracer is None:
+        return transport
+    from .tracing import TracedAsyncTransport
+
+    return TracedAsyncTransport(transport, tracer)
+
+
+def _sync_transport(transport: _SyncTransport, tracer: Tracer | None) -> httpx.BaseTransport:
+    if tracer is None:
+        return transport
+    from .tracing import TracedTransport
+
+    return TracedTransport(transport, tracer)
 
 
 def _no_redirects(kwargs: dict[str, Any]) -> None:

@@ -117,6 +117,7 @@ class Guard:
             path=printable(scope["path"]),
         )
         set_request_identity(scope, None)
+        scope[_REFUSAL_KEY] = refusal
         await _refuse(scope, send, refusal)
 
     def _decide(self, connection: Connection, method: str, path: str) -> str:
@@ -124,6 +125,15 @@ class Guard:
         if not decision.allowed or decision.rule is None:
             raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
         return decision.rule
+
+
+_REFUSAL_KEY = "ztmtls.refusal"
+
+
+def refusal_of(scope: Scope) -> Refusal | None:
+    """Why the guard refused this request, if it did."""
+    refusal = scope.get(_REFUSAL_KEY)
+    return refusal if isinstance(refusal, Refusal) else None
 
 
 def _method(scope: Scope) -> str:
@@ -211,4 +221,4 @@ def _with_close(send: Send) -> Send:
     return closing
 
 
-__all__ = ["ASGIApp", "Guard", "Message", "Receive", "Scope", "Send"]
+__all__ = ["ASGIApp", "Guard", "Message", "Receive", "Scope", "Send", "refusal_of"]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from .audit import AuditLog
@@ -189,8 +190,8 @@ class LiveConnections:
         changed = self._news()
         turn = time.monotonic()
         for live in list(self._all.values()):
-            if not live.closing and live.refusal is None:
-                self._look_at(live, changed)
+            if not live.closing:
+                self._safely(partial(self._look_at, changed=changed), live)
             if time.monotonic() - turn > _TURN_SECONDS:
                 await asyncio.sleep(0)
                 turn = time.monotonic()
@@ -257,6 +258,15 @@ class LiveConnections:
             in_flight=len(live.in_flight),
         )
 
+    @staticmethod
+    def _safely(action: Callable[[LiveConnection], None], live: LiveConnection) -> None:
+        # One connection's trouble must not end the watch over the others.
+        try:
+            action(live)
+        except Exception:
+            logger.exception("looking after a connection failed: it is closed")
+            live.transport.abort()
+
     # --- closing ---
 
     async def _work_off(self) -> None:
@@ -275,7 +285,7 @@ class LiveConnections:
                 continue
             _, _, live, action = heapq.heappop(self._due)
             if live.transport in self._all:
-                action(live)
+                self._safely(action, live)
                 await asyncio.sleep(1 / self._limits.per_second)
 
     def _plan(self, live: LiveConnection, delay: float, action: Callable[[LiveConnection], None]) -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 
@@ -29,6 +29,9 @@ from .reasons import Refusal
 from .source import Source
 from .tls import connection_of, server_context
 from .verify import PeerRefused
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ async def serve(
     drain: float = 0.0,
     grace: float = 10.0,
     live_limits: LiveLimits = _LIVE_LIMITS,
+    tracer: Tracer | None = None,
     on_serving: Callable[[], None] | None = None,
 ) -> None:
     """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT.
@@ -67,6 +71,7 @@ async def serve(
         drain: seconds to go on accepting after the first signal, with readiness red.
         grace: seconds that requests in flight then have to finish.
         live_limits: how open connections are closed whose peer is no longer acceptable.
+        tracer: an OpenTelemetry tracer for a span per request: see `tracing`.
         on_serving: called once, when connections are accepted.
 
     Raises `source.NoIdentity` when there is no SVID, `listen.PortInUse` when the port is taken.
@@ -83,7 +88,11 @@ async def serve(
     context = server_context(source, authorizer=allowed_peers, audit=audit)
     live = LiveConnections(source, guarded, live_limits, audit)
     config = _config(
-        guarded, http, grace, live_limits.idle, ssl_context_factory=lambda config, default: context
+        _traced(guarded, tracer),
+        http,
+        grace,
+        live_limits.idle,
+        ssl_context_factory=lambda config, default: context,
     )
     config.load()
     config.http_protocol_class = _watched(config.http_protocol_class, live)
@@ -162,6 +171,14 @@ def _config(
         timeout_graceful_shutdown=max(1, round(grace)),
         **more,
     )
+
+
+def _traced(app: ASGIApp, tracer: Tracer | None) -> ASGIApp:
+    if tracer is None:
+        return app
+    from .tracing import Traced
+
+    return Traced(app, tracer)
 
 
 def _watched(base: Any, live: LiveConnections) -> Any:
