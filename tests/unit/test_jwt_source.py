@@ -203,8 +203,10 @@ async def test_withdrawn_bundles_are_not_used_any_more(
         await source.validate(token, "orders")
     assert source.status().keys == {}
 
+    waiting = asyncio.create_task(source.ready(15))
+    await asyncio.sleep(0)
     workload.restore()
-    await until(lambda: source.state is SourceState.SERVING, "healing", 15)
+    await waiting
     assert await source.validate(token, "orders")
 
 
@@ -225,8 +227,12 @@ async def test_short_denial_takes_nothing_away(
 
 async def test_denial_at_the_start_counts_at_once(workload: Workload) -> None:
     workload.redact()
-    async with JwtSource(workload.endpoint) as source:
+    failures: list[int] = []
+    source = JwtSource(workload.endpoint)
+    source.subscribe(lambda: failures.append(source.status().failures))
+    async with source:
         await until(lambda: source.state is SourceState.DENIED, "the denial")
+        assert failures == [1]
 
 
 async def test_quiet_stream_is_opened_anew_without_a_fault(
@@ -381,6 +387,26 @@ async def test_denied_stream_drops_kept_tokens(source: JwtSource, workload: Work
     assert await fetch_reason(source) is Reason.IDENTITY_DENIED
 
 
+async def test_token_that_a_denial_dropped_is_not_offered_by_a_fetch_that_was_under_way(
+    source: JwtSource, workload: Workload
+) -> None:
+    workload.jwt_ttl = 6
+    kept = await source.fetch("reports")
+    half = time.time() + (kept.expiry.timestamp() - time.time()) / 2
+    await until(lambda: time.time() > half, "half of the life")
+    workload.hang()
+    fetching = asyncio.create_task(source.fetch("reports"))
+    await workload.wait_for_calls(2, method=FETCH_JWT_SVID)
+
+    workload.end(grpc.StatusCode.PERMISSION_DENIED, method=FETCH_JWT_BUNDLES)
+    await until(lambda: "PERMISSION_DENIED" in source.status().reason, "the denial")
+    await workload.stop()
+
+    with pytest.raises(NoIdentity) as caught:
+        await fetching
+    assert caught.value.reason is Reason.NO_IDENTITY
+
+
 async def test_new_keys_drop_kept_tokens(
     source: JwtSource, workload: Workload, ca: CertificateAuthority
 ) -> None:
@@ -398,6 +424,23 @@ async def test_new_keys_drop_kept_tokens(
 
     after = await source.fetch("reports")
     assert (await source.validate(after.token, "reports")).id == before.id
+
+
+async def test_token_is_not_kept_when_keys_changed_while_it_came(
+    source: JwtSource, workload: Workload, ca: CertificateAuthority
+) -> None:
+    workload.hang()
+    fetching = asyncio.create_task(source.fetch("reports"))
+    await workload.wait_for_calls(1, method=FETCH_JWT_SVID)
+    ca.rotate_jwt_key()
+    await until(lambda: source.status().keys == {"zt.example": 2}, "the second key")
+    workload.resume()
+    await fetching
+
+    await source.fetch("reports")
+    await source.fetch("reports")
+
+    assert workload.calls[FETCH_JWT_SVID] == 2
 
 
 async def test_refused_request_is_not_repeated(source: JwtSource, workload: Workload) -> None:
@@ -503,10 +546,10 @@ def test_program_without_an_event_loop_can_use_it(ca: CertificateAuthority) -> N
                 asyncio.run(source.fetch("reports"))
 
         assert source.state is SourceState.CLOSED
+        with pytest.raises(RuntimeError, match="plain 'with'"):
+            source.run(source.fetch("reports"))
 
 
 async def test_run_is_for_programs_without_an_event_loop(source: JwtSource) -> None:
-    coroutine = source.ready(1)
     with pytest.raises(RuntimeError, match="plain 'with'"):
-        source.run(coroutine)
-    await coroutine
+        source.run(source.ready(1))

@@ -21,6 +21,7 @@ from .guard import ASGIApp, Receive, Scope, Send
 from .ids import SpiffeId
 from .jwt_source import NoBundles
 from .jwt_svid import JwtRefused, JwtSvid
+from .problems import MEDIA_TYPE, problem_body
 from .reasons import Reason, Refusal, printable
 from .svid import rfc3339
 
@@ -146,7 +147,7 @@ def _token(scope: Scope) -> str:
 
 
 async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
-    headers = [(b"content-type", b"application/problem+json")]
+    headers = [(b"content-type", MEDIA_TYPE.encode())]
     if isinstance(refusal, NotAuthorized):
         status, title = 403, "Refused"
     elif isinstance(refusal, NoBundles):
@@ -164,14 +165,7 @@ async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
         kind = "websocket.http.response"
     else:
         kind = "http.response"
-    document = {
-        "type": f"urn:ztmtls:problem:{refusal.reason}",
-        "title": title,
-        "status": status,
-        "detail": refusal.detail,
-        "reason": str(refusal.reason),
-    }
-    body = json.dumps(document).encode()
+    body = json.dumps(problem_body(status, refusal.reason, title, refusal.detail)).encode()
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": f"{kind}.start", "status": status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .audit import AuditLog
-from .authz import Policy, PolicyFile, is_ambiguous
+from .authz import Policy, PolicyFile, authorize_request
 from .identity import NoPeer, RequestIdentity, request_identity, set_request_identity
 from .problems import MEDIA_TYPE, problem_body
 from .reasons import Reason, Refusal, printable
@@ -100,9 +100,8 @@ class Guard:
         """The rule that lets the peer of `connection` make the request of `scope`, or a `Refusal` raised."""
         connection.recheck(self._source.context, datetime.now(UTC))
         path = scope["path"]
-        if is_ambiguous(path, scope.get("raw_path") or path.encode()):
-            raise Refusal(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
-        return self._decide(connection, _method(scope), path)
+        raw_path = scope.get("raw_path") or path.encode()
+        return authorize_request(self._policy, connection.peer.id, _method(scope), path, raw_path)
 
     async def _deny(
         self, scope: Scope, send: Send, connection: Connection | None, method: str, refusal: Refusal
@@ -119,12 +118,6 @@ class Guard:
         set_request_identity(scope, None)
         scope[_REFUSAL_KEY] = refusal
         await _refuse(scope, send, refusal)
-
-    def _decide(self, connection: Connection, method: str, path: str) -> str:
-        decision = self.policy.decide(connection.peer.id, method, path)
-        if not decision.allowed or decision.rule is None:
-            raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
-        return decision.rule
 
 
 _REFUSAL_KEY = "ztmtls.refusal"

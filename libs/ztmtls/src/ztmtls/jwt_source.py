@@ -187,8 +187,9 @@ class JwtSource(SupervisedStream):
 
     def run(self, awaited: Coroutine[Any, Any, T]) -> T:
         """Await `fetch`, `validate` or `ready` from a thread without an event loop, after plain ``with``."""
-        if self._thread is None or self._loop is None:
-            raise RuntimeError("run() is for sources that were entered with plain 'with'")
+        if self._thread is None or self._loop is None or self._closed:
+            awaited.close()
+            raise RuntimeError("run() is for sources inside a plain 'with'")
         return asyncio.run_coroutine_threadsafe(awaited, self._loop).result()
 
     # --- fetching ---
@@ -300,12 +301,9 @@ class JwtSource(SupervisedStream):
 
 def _chosen(response: Any, request: _Request, now: datetime) -> JwtSvid:
     """The token that was asked for; by default the first one (Workload API section 6.2.1)."""
-    if not response.svids:
-        raise InvalidSvid(Reason.INVALID_UPDATE, "it holds no JWT-SVID")
-    wanted = (m for m in response.svids if request.spiffe_id in ("", m.spiffe_id))
-    message = next(wanted, None)
+    message = next((m for m in response.svids if request.spiffe_id in ("", m.spiffe_id)), None)
     if message is None:
-        raise InvalidSvid(Reason.INVALID_UPDATE, f"it holds no JWT-SVID of {request.spiffe_id}")
+        raise InvalidSvid(Reason.INVALID_UPDATE, "it does not hold the JWT-SVID that was asked for")
     return issued_to_us(message.svid, message.spiffe_id, request.audience, now)
 
 

@@ -167,7 +167,7 @@ def jwt_fetch(source: JwtSource) -> Operation:
     """The operation ``/v1/jwt/fetch`` for `source`."""
 
     async def operation(body: Mapping[str, Any]) -> dict[str, Any]:
-        svid = await source.fetch(*body["audience"], spiffe_id=body.get("spiffe_id") or None)
+        svid = await source.fetch(*body["audience"], spiffe_id=body.get("spiffe_id") or None, fresh=True)
         return {"svids": [{"spiffe_id": str(svid.id), "token": svid.token, "hint": ""}]}
 
     return operation
