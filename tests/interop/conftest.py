@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.mtls.conftest import ca, caller, served, server_source
 from tests.spire.conftest import pytest_runtest_makereport, spire, spire_processes
-from ztmtls.source import StaticSource
-from ztmtls.svid import X509Bundle, X509Context, X509Svid
+from ztmtls.svid import X509Bundle, X509Svid
+from ztmtls.testing import CertificateAuthority
 
 TOOLS = Path(__file__).resolve().parents[2] / ".tools"
 PATIENCE = 20.0
@@ -91,18 +92,10 @@ async def line_with(process: subprocess.Popen[bytes], log: Path, text: str) -> s
             await asyncio.sleep(0.02)
 
 
-class Reckless(StaticSource):
-    """Presents what it has, also when that has expired."""
-
-    @property
-    def context(self) -> X509Context:
-        assert self._snapshot is not None
-        return self._snapshot
-
-
-def presenting(svid: X509Svid, *bundles: X509Bundle) -> StaticSource:
-    """A side that presents `svid`, whatever it is, and trusts `bundles`."""
-    return Reckless(X509Context(1, (svid,), {bundle.trust_domain: bundle for bundle in bundles}))
+def expired(ca: CertificateAuthority, spiffe_id: str) -> X509Svid:
+    """An SVID that ran out an hour ago."""
+    now = datetime.now(UTC)
+    return ca.issue(spiffe_id, not_before=now - timedelta(hours=2), not_after=now - timedelta(hours=1))
 
 
 def pem_file(folder: Path, name: str, svid: X509Svid) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ztmtls.source import StaticSource
 from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority
 
-from .conftest import Ended, bundle_file, line_with, pem_file, program, run, running
+from .conftest import Ended, bundle_file, expired, line_with, pem_file, program, run, running
 
 OTHER_DOMAIN = "other.example"
 REQUEST = "GET {path} HTTP/1.1\r\nhost: server\r\nconnection: close\r\n\r\n"
@@ -26,11 +25,6 @@ REQUEST = "GET {path} HTTP/1.1\r\nhost: server\r\nconnection: close\r\n\r\n"
 
 def openssl() -> Path:
     return program("openssl", "install Debian's package openssl")
-
-
-def expired(ca: CertificateAuthority, spiffe_id: str) -> X509Svid:
-    now = datetime.now(UTC)
-    return ca.issue(spiffe_id, not_before=now - timedelta(hours=2), not_after=now - timedelta(hours=1))
 
 
 class Caller:
