@@ -71,7 +71,8 @@ bench: setup ## Measure ztmtls beside hand-written TLS and plain HTTP; writes bu
 	@exec .venv/bin/python -m bench $(ARGS)
 
 .PHONY: spire
-spire: .tools/spire/.built ## Build SPIRE (server, agent, OIDC provider) into .tools/spire; long the first time
+spire: .tools/spire/.built ## Build SPIRE into .tools/spire; 5 to 20 minutes the first time
+	@echo "SPIRE $$(.tools/spire/spire-server --version 2>&1) is in .tools/spire"
 
 .PHONY: test-spire
 test-spire: setup spire ## Tests against a real SPIRE server and agent

@@ -88,7 +88,7 @@ async def line_with(process: subprocess.Popen[bytes], log: Path, text: str) -> s
             for line in said.splitlines(keepends=True):
                 if text in line and line.endswith("\n"):
                     return line.strip()
-            assert not ended, f"{process.args} ended: {said}"
+            assert not ended, f"it ended: {said}"
             await asyncio.sleep(0.02)
 
 

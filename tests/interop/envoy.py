@@ -144,7 +144,7 @@ def _cluster(name: str, address: Config) -> Config:
 
 def _agent_cluster(socket: Path) -> Config:
     cluster = _cluster(_AGENT, {"pipe": {"path": str(socket)}})
-    http2 = {"explicit_http_config": {"http2_protocol_options": {}}}
+    http2: Config = {"explicit_http_config": {"http2_protocol_options": {}}}
     return cluster | {"typed_extension_protocol_options": _http(http2)}
 
 

@@ -20,7 +20,7 @@ from tests.spire.spire import TRUST_DOMAIN, Spire
 from ztmtls.client import AsyncClient, RefusedByServer, ServerRefused, hop
 from ztmtls.listen import PlainServer, bind
 from ztmtls.reasons import Reason
-from ztmtls.source import StaticSource, X509Source
+from ztmtls.source import StaticSource
 from ztmtls.testing import CertificateAuthority
 
 from .conftest import bundle_file, expired, pem_file
@@ -282,11 +282,8 @@ async def test_nothing_fails_while_we_and_envoy_rotate(spire: Spire, tmp_path: P
         callers: set[str] = set()
         statuses: set[int] = set()
 
-        def both_rotated() -> bool:
-            return len(callers) >= 3 and _generation(source) >= 3
-
         async with asyncio.timeout(60):
-            while not both_rotated():
+            while len(callers) < 3 or source.context.generation < 3:
                 response = await client.get("/thing")
                 statuses.add(response.status_code)
                 if response.status_code == 200:
@@ -296,5 +293,26 @@ async def test_nothing_fails_while_we_and_envoy_rotate(spire: Spire, tmp_path: P
     assert statuses == {200}
 
 
-def _generation(source: X509Source) -> int:
-    return source.context.generation
+async def test_connection_that_envoy_keeps_past_the_end_of_its_svid_is_refused_once(
+    spire: Spire, tmp_path: Path
+) -> None:
+    await register_envoy(spire, CALLER, ttl=12)
+    await spire.register(SERVER, selector=US)
+    async with (
+        source_of(spire, SERVER) as source,
+        serving(source) as served,
+        envoy_before_us(served, by_sds(CALLER, SERVER), tmp_path, spire) as client,
+    ):
+        first = await client.get("/thing")
+        assert first.status_code == 200
+
+        async with asyncio.timeout(30):
+            while (response := await client.get("/thing")).status_code == 200:
+                assert response.json()["hop"]["connection"] == first.json()["hop"]["connection"]
+                await asyncio.sleep(0.02)
+
+        assert response.status_code == 401
+        assert response.json()["reason"] == Reason.EXPIRED
+        renewed = await client.get("/thing")
+        assert renewed.status_code == 200
+        assert renewed.json()["hop"]["peer"]["serial"] != first.json()["hop"]["peer"]["serial"]

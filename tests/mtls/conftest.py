@@ -71,7 +71,7 @@ class Served:
     """A running server: its address, what reached its handlers, and its audit log."""
 
     port: int
-    source: StaticSource
+    source: Source
     audit_stream: io.StringIO
     seen: list[dict[str, Any]] = field(default_factory=list)
     probes: Probes | None = None
@@ -110,7 +110,7 @@ async def until(condition: Any, timeout: float = 5.0) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(
-    source: StaticSource,
+    source: Source,
     *,
     policy: Any = POLICY,
     allowed_peers: Authorizer | None = None,

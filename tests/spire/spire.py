@@ -93,12 +93,20 @@ class Spire:
         settings = {"folder": self.folder, "domain": TRUST_DOMAIN, "port": free_port()}
         (self.folder / "server.conf").write_text(SERVER_CONFIG.format(**settings))
         (self.folder / "agent.conf").write_text(AGENT_CONFIG.format(**settings))
-        self._server = self._spawn("server")
-        await self._healthy("server", self._server)
+        await self.start_server()
         bundle = await self._run("server", "bundle", "show", "-format", "pem")
         (self.folder / "bundle.pem").write_text(bundle)
         token = await self._ask("token", "generate", "-spiffeID", NODE)
         await self.start_agent("-joinToken", token["value"])
+
+    async def start_server(self) -> None:
+        """Start the server, with the data that it has."""
+        self._server = self._spawn("server")
+        await self._healthy("server", self._server)
+
+    async def stop_server(self) -> None:
+        """Stop the server and wait for its end."""
+        await asyncio.to_thread(_terminate, self._server)
 
     async def start_agent(self, *options: str) -> None:
         """Start the agent; after the first time it goes on with the identity that it has on disk."""
@@ -164,7 +172,13 @@ class Spire:
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
     def _spawn(self, name: str, *options: str) -> subprocess.Popen[bytes]:
-        command = [BINARIES / f"spire-{name}", "run", "-config", self.folder / f"{name}.conf", *options]
+        command = [
+            str(BINARIES / f"spire-{name}"),
+            "run",
+            "-config",
+            str(self.folder / f"{name}.conf"),
+            *options,
+        ]
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
