@@ -17,7 +17,7 @@ from tests.mtls.conftest import CALLER, SERVER, STRANGER, Served, free_port, ser
 from tests.spire.conftest import source_of
 from tests.spire.load import load_on
 from tests.spire.spire import TRUST_DOMAIN, Spire
-from ztmtls.client import AsyncClient, RefusedByServer, ServerRefused, hop
+from ztmtls.client import AsyncClient, ServerRefused, hop
 from ztmtls.listen import PlainServer, bind
 from ztmtls.reasons import Reason
 from ztmtls.source import StaticSource
@@ -99,8 +99,10 @@ async def test_envoy_serves_us_and_refuses_another_caller(spire: Spire, tmp_path
         assert hop(response).peer.id == SERVER
 
         async with AsyncClient(stranger, peer=SERVER, base_url=url) as other:
-            with pytest.raises(RefusedByServer):
+            # `RefusedByServer` is one of these; a reset may overtake the alert, and then it is not that.
+            with pytest.raises(httpx.ReadError):
                 await other.get("/thing")
+        assert (await client.get("/thing")).status_code == 200
 
 
 async def test_we_refuse_an_envoy_with_another_identity(spire: Spire, tmp_path: Path) -> None:

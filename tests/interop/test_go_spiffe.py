@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.mtls.conftest import CALLER, DOMAIN, SERVER, STRANGER, Served, serving, until
 from tests.spire.conftest import source_of
 from tests.spire.spire import Spire
-from ztmtls.client import AsyncClient, RefusedByServer, ServerRefused, hop
+from ztmtls.client import AsyncClient, ServerRefused, hop
 from ztmtls.reasons import Reason
 from ztmtls.source import StaticSource
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
@@ -183,9 +184,11 @@ async def test_go_server_refuses_us(
         async with AsyncClient(caller, peer=SERVER, base_url=url) as client:
             assert (await client.get("/")).status_code == 200
         async with AsyncClient(stranger, peer=SERVER, base_url=url) as client:
-            with pytest.raises(RefusedByServer) as refused:
+            # `RefusedByServer` is one of these; a reset may overtake the alert, and then it is not that.
+            with pytest.raises(httpx.ReadError):
                 await client.get("/")
-    assert refused.value.reason is Reason.REFUSED_BY_SERVER
+        log = tmp_path / "go-server.log"
+        await until(lambda: f'unexpected ID "{STRANGER}"' in log.read_text())
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from cryptography import x509
 
 from tests.mtls.conftest import CALLER, SERVER, serving, until
-from ztmtls.client import RefusedByServer
 from ztmtls.reasons import Reason
 from ztmtls.source import StaticSource, X509Source
 from ztmtls.svid import X509Context
@@ -71,8 +71,10 @@ async def test_authority_is_replaced_under_load_and_then_revoked(spire: Spire) -
             assert last.status_code == 401
             assert last.json()["reason"] == Reason.UNTRUSTED_AUTHORITY
             # ... and there is no new one.
-            with pytest.raises(RefusedByServer):
+            with pytest.raises(httpx.ReadError):
                 await old.get("/thing")
+            refusal = served.audit("deny")[-1]
+            assert (refusal["event"], refusal["reason"]) == ("handshake", Reason.UNTRUSTED_AUTHORITY)
 
         served_before = load.served
         await until(lambda: load.served > served_before + 20)
