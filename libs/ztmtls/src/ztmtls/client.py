@@ -15,6 +15,7 @@ import ssl
 import sys
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -183,6 +184,10 @@ def _no_redirects(kwargs: dict[str, Any]) -> None:
 # --- one pool per generation --------------------------------------------------------------------------
 
 
+# The connections that were opened for the present request, also those that failed at once.
+_opened: ContextVar[list[Connection] | None] = ContextVar("ztmtls_opened", default=None)
+
+
 class _Pool:
     """The connections of one generation, and how many responses are still being read from them."""
 
@@ -198,9 +203,26 @@ class _Pool:
 
     def _verified(self, connection: Connection) -> None:
         self.valid_until = min(self.valid_until, connection.peer.valid_until)
+        if (opened := _opened.get()) is not None:
+            opened.append(connection)
 
     def current(self, generation: int) -> bool:
         return generation == self.generation and datetime.now(UTC) < self.valid_until - _EXPIRY_MARGIN
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Lets asyncio's own loops read once before the first request is written.
+
+    A server that refuses our certificate sends an alert and hangs up, without reading on. asyncio has sent
+    our part of the handshake by then; if it writes the request before it reads, the write fails and the
+    alert is lost. uvloop sends both at once.
+    """
+
+    async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        protocol = await super()._create_connection(*args, **kwargs)
+        if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+            await asyncio.sleep(0)
+        return protocol
 
 
 class _AsyncPool(_Pool):
@@ -208,7 +230,7 @@ class _AsyncPool(_Pool):
         self, source: Source, authorizer: Authorizer, audit: AuditLog | None, limits: httpx.Limits
     ) -> None:
         super().__init__(source, authorizer, audit)
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
             ssl=self.context,
             limit=limits.max_connections or 0,
             keepalive_timeout=limits.keepalive_expiry if limits.keepalive_expiry is not None else 30.0,
@@ -302,15 +324,22 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
         _https_only(request)
         outer = sys.exception()
         pool, idle = self._acquire()
+        opened: list[Connection] = []
+        token = _opened.set(opened)
         try:
             if idle is not None:
                 await idle.close()
             raw = await self._send(pool.session, request)
         except BaseException as error:
             await self._release(pool)
+            for connection in opened:
+                if connection.alert is not None:
+                    _raise_refusal(connection.alert, outer)
             _raise_refusal(error, outer)
             _raise_transport_error(error, request)
             raise
+        finally:
+            _opened.reset(token)
         if raw.ztmtls_connection is None:  # fail closed: never hand out an answer of unknown origin
             raw.close()
             await self._release(pool)

@@ -56,12 +56,14 @@ class Connection:
     """One connection whose peer was verified, and which can be verified again.
 
     `own` is the SVID this side presented, `generation` the state of the source that the handshake used.
+    `alert` is what the peer ended the connection with, if it did so by a TLS alert.
     """
 
     __slots__ = (
         "_authorizer",
         "_checked_generation",
         "_own_not_after",
+        "alert",
         "cipher",
         "generation",
         "id",
@@ -88,6 +90,7 @@ class Connection:
         self.generation = snapshot.generation
         self.tls_version = tls_version
         self.cipher = cipher
+        self.alert: ssl.SSLError | None = None
         self._authorizer = authorizer
         self._checked_generation = snapshot.generation
 
@@ -180,7 +183,13 @@ class _VerifiedObject(ssl.SSLObject):
         """As `ssl.SSLObject.read`, after a verified handshake only."""
         if self.ztmtls_connection is None:
             raise _unverified()
-        return super().read(*args)
+        try:
+            return super().read(*args)
+        except ssl.SSLError as error:
+            # Event loops and HTTP clients may lose it: whoever writes next is told of a closed transport.
+            if reason_of(error) is Reason.REFUSED_BY_SERVER:
+                self.ztmtls_connection.alert = error
+            raise
 
     def write(self, data: Any) -> int:
         """As `ssl.SSLObject.write`, after a verified handshake only."""
