@@ -421,8 +421,13 @@ async def test_we_never_run_under_another_name(ca: CertificateAuthority) -> None
         X509Source(workload.endpoint, expected_id=SERVER) as source,
     ):
         assert str((await source.ready(5)).svid.id) == SERVER
-        workload.push(ca.issue(STRANGER))
-        await until(lambda: "we expect to be" in source.status().reason)
+        workload.push(ca.issue(STRANGER))  # ours is gone, another is named: that withdraws it
+        await until(lambda: source.state is SourceState.DENIED, 5)
+        assert "we expect to be" in source.status().reason
+        with pytest.raises(NoIdentity):
+            _ = source.context
+        workload.push(ca.issue(STRANGER), ca.issue(SERVER))
+        await until(lambda: source.state is SourceState.SERVING, 15)
         assert str(source.context.svid.id) == SERVER
 
 

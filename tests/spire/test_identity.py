@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import httpx
 import pytest
 
 from tests.mtls.conftest import CALLER, SERVER, serving, until
@@ -90,6 +91,31 @@ async def test_deleted_entry_withdraws_the_identity_and_a_new_one_brings_it_back
         await spire.register(ALONE)
 
         await until(lambda: source.state is SourceState.SERVING, timeout=20)
+        assert (await client.get("/thing")).status_code == 200
+
+
+async def test_deleted_entry_withdraws_one_identity_of_several(spire: Spire) -> None:
+    entry = await spire.register(SERVER)
+    await spire.register(CALLER)
+    async with (
+        source_of(spire, SERVER) as server,
+        source_of(spire, CALLER) as caller,
+        serving(server) as served,
+        served.client(caller) as client,
+    ):
+        assert (await client.get("/thing")).status_code == 200
+
+        await spire.unregister(entry)
+
+        # The agent goes on naming the other one: an update without ours withdraws it, too.
+        await until(lambda: server.state is SourceState.DENIED, timeout=20)
+        assert caller.state is SourceState.SERVING
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/thing")
+
+        await spire.register(SERVER)
+
+        await until(lambda: server.state is SourceState.SERVING, timeout=20)
         assert (await client.get("/thing")).status_code == 200
 
 

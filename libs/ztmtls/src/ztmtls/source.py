@@ -21,7 +21,7 @@ from spiffe._proto import workload_pb2
 from .ids import SpiffeId, TrustDomain
 from .material import check_bundle, check_svid
 from .reasons import Reason, Refusal, printable
-from .stream import DENIAL_GRACE, METADATA, Announcer, SupervisedStream
+from .stream import DENIAL_GRACE, METADATA, Announcer, SupervisedStream, Withdrawn
 from .svid import InvalidSvid, X509Bundle, X509Context, X509Svid, rfc3339
 from .verify import PeerRefused, verify_peer
 from .workload_endpoint import parse_endpoint
@@ -201,8 +201,8 @@ class X509Source(_Holder, SupervisedStream):
 
     Args:
         endpoint: Workload API address; default is the variable ``SPIFFE_ENDPOINT_SOCKET``.
-        expected_id: the SPIFFE ID we expect to be. An update without it is discarded: a service never
-            runs under another name by accident.
+        expected_id: the SPIFFE ID we expect to be: a service never runs under another name by accident. An
+            update without it means that the identity was withdrawn, as a denial does.
         picker: chooses the default SVID among several, when `expected_id` does not.
     """
 
@@ -303,8 +303,9 @@ class X509Source(_Holder, SupervisedStream):
             chosen = next((s for s in svids if s.id == self._expected), None)
             if chosen is None:
                 got = ", ".join(str(s.id) for s in svids)
-                raise InvalidSvid(
-                    Reason.INVALID_UPDATE, f"we expect to be {self._expected}, but it names {got}"
+                # Workload API section 5.2.1: what is not in the newest message may not be used any more.
+                raise Withdrawn(
+                    Reason.IDENTITY_DENIED, f"we expect to be {self._expected}, but the agent names {got}"
                 )
         elif self._picker is not None:
             try:

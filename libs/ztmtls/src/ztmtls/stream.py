@@ -89,6 +89,10 @@ def explain(target: str, code: grpc.StatusCode, detail: str) -> str:
     return f"the agent answered {code.name}: {detail}" if detail else f"the agent answered {code.name}"
 
 
+class Withdrawn(Refusal):
+    """A message says, by leaving it out, that what we have may not be used any more."""
+
+
 class Announcer:
     """What a source knows about itself, and who wants to know of changes."""
 
@@ -151,7 +155,8 @@ class SupervisedStream(Announcer, ABC):
 
     @abstractmethod
     def _receive(self, response: Any) -> None:
-        """Take one message as a whole. Raises `Refusal` when it is to be discarded."""
+        """Take one message as a whole. Raises `Refusal` when it is to be discarded, `Withdrawn` when it takes
+        away what we have: that counts as a denial, and must hold as one."""
 
     @abstractmethod
     def _patience(self, answered: bool) -> float:
@@ -247,6 +252,9 @@ class SupervisedStream(Announcer, ABC):
                     delay = self._backoff(opened)
             except grpc.RpcError as error:
                 delay = self._on_status(error, opened)
+            except Withdrawn as refusal:
+                self._fault(refusal.detail)
+                delay = self._on_denial(opened)
             except (Exception, asyncio.CancelledError) as error:
                 if task.cancelling():
                     raise
@@ -277,6 +285,8 @@ class SupervisedStream(Announcer, ABC):
                 # Workload API section 4.5: report, discard the message, go on with the last good one.
                 try:
                     self._receive(response)
+                except Withdrawn:
+                    raise
                 except Refusal as refusal:
                     self._fault(f"update discarded: {refusal.detail}")
                 except Exception as error:
