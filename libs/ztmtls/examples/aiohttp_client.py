@@ -8,10 +8,9 @@ too, and keeps a pool for each generation: use it where a handshake for each req
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import aiohttp
-from options import HOST, call_again_async, options
+from options import HOST, call_again_async, ending, options
 
 from ztmtls import X509Source, client_context, exact
 
@@ -38,5 +37,5 @@ async def call(port: int, peer: str, every: float | None) -> None:
 
 if __name__ == "__main__":
     given = options(__doc__, ["client"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         asyncio.run(call(given.port, given.peer, given.every))

@@ -8,11 +8,11 @@ the closing of idle connections are what `ztmtls.server.serve` adds for ASGI app
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from datetime import UTC, datetime
 
 from aiohttp import web
-from options import HOST, options
+from aiohttp.typedefs import Handler
+from options import HOST, ending, options
 
 from ztmtls import Refusal, VerifiedPeer, X509Source, connection_of, exact, server_context
 from ztmtls.audit import AuditLog
@@ -29,7 +29,7 @@ def application(source: X509Source) -> web.Application:
     """The application, behind the check of each request."""
 
     @web.middleware
-    async def verified(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+    async def verified(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             transport = request.transport
             connection = connection_of(transport and transport.get_extra_info("ssl_object"))
@@ -63,5 +63,5 @@ async def serve(port: int, allow: str) -> None:
 
 if __name__ == "__main__":
     given = options(__doc__, ["server"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         asyncio.run(serve(given.port, given.allow))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from datetime import UTC, datetime
 
-from options import HOST, call_again_async, options
+from options import HOST, call_again_async, ending, options
 
 from ztmtls import Connection, Refusal, X509Source, client_context, connection_of, exact, server_context
 from ztmtls.audit import AuditLog
@@ -98,7 +98,7 @@ async def call(port: int, peer: str, every: float | None) -> None:
 
 if __name__ == "__main__":
     given = options(__doc__, ["server", "client"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         if given.role == "server":
             asyncio.run(serve(given.port, given.allow))
         else:

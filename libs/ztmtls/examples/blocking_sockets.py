@@ -6,13 +6,12 @@ taken. The client makes a connection for each request here, so that each one is 
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import threading
 from datetime import UTC, datetime
 
-from options import HOST, call_again, options
+from options import HOST, call_again, ending, options
 
 from ztmtls import Refusal, X509Source, client_context, connection_of, exact, server_context
 from ztmtls.audit import AuditLog
@@ -62,7 +61,7 @@ def call(context: ssl.SSLContext, port: int) -> str:
 
 if __name__ == "__main__":
     given = options(__doc__, ["server", "client"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         if given.role == "server":
             serve(given.port, given.allow)
         else:

@@ -7,14 +7,16 @@ anything is sent. A refused server is ``UNAVAILABLE`` to gRPC; the reason is log
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
-from options import HOST, call_again_async, options
+from options import HOST, call_again_async, ending, options
 
 from ztmtls import X509Source
 from ztmtls.grpc import channel
+
+Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 async def call(port: int, peer: str, every: float | None) -> None:
@@ -23,7 +25,9 @@ async def call(port: int, peer: str, every: float | None) -> None:
         await source.ready(30)
         async with channel(source, f"{HOST}:{port}", peer=peer) as towards:
             # With a .proto file: `GreeterStub(towards).Hello` of the generated code.
-            method = towards.unary_unary("/greeter.Greeter/Hello")
+            method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = towards.unary_unary(
+                "/greeter.Greeter/Hello"
+            )
 
             async def hello() -> str:
                 try:
@@ -37,5 +41,5 @@ async def call(port: int, peer: str, every: float | None) -> None:
 
 if __name__ == "__main__":
     given = options(__doc__, ["client"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         asyncio.run(call(given.port, given.peer, given.every))

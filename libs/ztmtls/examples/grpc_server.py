@@ -7,12 +7,11 @@ other server of ztmtls does, and asks the policy, where a gRPC method is a path 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 import grpc
 import grpc.aio
-from options import HOST, options
+from options import HOST, ending, options
 
 from ztmtls import Policy, X509Source
 from ztmtls.audit import AuditLog
@@ -64,5 +63,5 @@ async def serve(port: int, allow: str) -> None:
 
 if __name__ == "__main__":
     given = options(__doc__, ["server"])
-    with contextlib.suppress(KeyboardInterrupt):
+    with ending():
         asyncio.run(serve(given.port, given.allow))

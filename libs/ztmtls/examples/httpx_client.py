@@ -6,10 +6,8 @@ rotation, without a check. `ztmtls.client` retires them. `AsyncClient` is the sa
 
 from __future__ import annotations
 
-import contextlib
-
 import httpx
-from options import HOST, call_again, options
+from options import HOST, call_again, ending, options
 
 from ztmtls import Refusal, X509Source
 from ztmtls.client import Client, hop
@@ -31,7 +29,7 @@ def hello(client: Client) -> str:
 
 if __name__ == "__main__":
     given = options(__doc__, ["client"])
-    with contextlib.suppress(KeyboardInterrupt), X509Source() as source:
+    with ending(), X509Source() as source:
         source.wait(30)
         with Client(source, peer=given.peer, base_url=f"https://{HOST}:{given.port}") as towards:
             call_again(given.every, lambda: hello(towards))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from ztmtls import Refusal
 
@@ -46,13 +47,26 @@ def options(about: str | None, roles: Sequence[str], argv: Sequence[str] | None 
     return parser.parse_args(argv)
 
 
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Ctrl-C ends the program, and so does what can't be done: with one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except (Refusal, OSError) as error:
+        raise SystemExit(f"failed: {error}") from error
+
+
 def call_again(every: float | None, call: Callable[[], str]) -> None:
     """Print what `call` returns, once or every so many seconds. A failure ends a single call only."""
     while True:
         try:
             print(call(), flush=True)
         except (Refusal, OSError) as error:
-            _failed(every, error)
+            if every is None:
+                raise
+            print(f"failed: {error}", file=sys.stderr, flush=True)
         if every is None:
             return
         time.sleep(every)
@@ -64,13 +78,9 @@ async def call_again_async(every: float | None, call: Callable[[], Awaitable[str
         try:
             print(await call(), flush=True)
         except (Refusal, OSError) as error:
-            _failed(every, error)
+            if every is None:
+                raise
+            print(f"failed: {error}", file=sys.stderr, flush=True)
         if every is None:
             return
         await asyncio.sleep(every)
-
-
-def _failed(every: float | None, error: Exception) -> None:
-    if every is None:
-        raise SystemExit(f"failed: {error}") from error
-    print(f"failed: {error}", file=sys.stderr, flush=True)

@@ -5,9 +5,7 @@ There is no way around its TLS: not by ``verify=False``, a proxy, a redirect or 
 
 from __future__ import annotations
 
-import contextlib
-
-from options import HOST, call_again, options
+from options import HOST, call_again, ending, options
 
 from ztmtls import X509Source
 from ztmtls.requests import Session, hop
@@ -23,7 +21,7 @@ def hello(session: Session, port: int) -> str:
 
 if __name__ == "__main__":
     given = options(__doc__, ["client"])
-    with contextlib.suppress(KeyboardInterrupt), X509Source() as source:
+    with ending(), X509Source() as source:
         source.wait(30)
         with Session(source, peer=given.peer) as towards:
             call_again(given.every, lambda: hello(towards, given.port))

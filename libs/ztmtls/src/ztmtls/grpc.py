@@ -38,7 +38,7 @@ from .ids import SpiffeId
 from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
 from .svid import UNDECODABLE, X509Context
-from .tls import Connection, client_context, connection_of, reason_of
+from .tls import Connection, client_context, connection_of
 from .verify import PeerRefused, VerifiedPeer, verify_peer
 
 logger = logging.getLogger(__name__)
@@ -333,8 +333,7 @@ async def channel(
             if _is_this_process(writer):
                 await _tunnel(source, context, host, int(port), reader, writer)
         except (OSError, Refusal) as error:
-            reason = reason_of(error) if isinstance(error, ssl.SSLError) else getattr(error, "reason", None)
-            logger.warning("no connection to %s: %s", target, error if reason else type(error).__name__)
+            logger.warning("connection to %s: %s", target, error)
         finally:
             tunnels.discard(task)
             writer.close()
