@@ -7,7 +7,6 @@ anything is sent. A refused server is ``UNAVAILABLE`` to gRPC; the reason is log
 from __future__ import annotations
 
 import asyncio
-from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -15,8 +14,6 @@ from options import HOST, call_again_async, ending, options
 
 from ztmtls import X509Source
 from ztmtls.grpc import channel
-
-Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 async def call(port: int, peer: str, every: float | None) -> None:
