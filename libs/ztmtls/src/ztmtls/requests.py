@@ -73,15 +73,15 @@ class Session(requests.Session):
         super().__init__()
         self.trust_env = False
         self.adapters.clear()
-        self.mount("https://", SpiffeAdapter(source, peer=peer, audit=audit))
+        self.mount("https://", _Adapter(source, peer=peer, audit=audit))
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """None: the next target may be another identity."""
         return None
 
 
-class SpiffeAdapter(HTTPAdapter):
-    """The part of `Session` that makes connections, for ``https://`` of a session of your own."""
+class _Adapter(HTTPAdapter):
+    """The part of `Session` that makes connections."""
 
     def __init__(
         self, source: Source, *, peer: SpiffeId | str | Authorizer, audit: AuditLog | None = None
@@ -114,13 +114,6 @@ class SpiffeAdapter(HTTPAdapter):
 
         self.poolmanager.pool_classes_by_scheme = {"https": Pool}
 
-    def build_connection_pool_key_attributes(
-        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
-    ) -> Any:
-        """As in `HTTPAdapter`, without what `verify` and `cert` would change about TLS."""
-        host, _ = super().build_connection_pool_key_attributes(request, True)
-        return host, {}
-
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         """Nothing: trust and certificate come from the Workload API alone."""
 
@@ -143,9 +136,12 @@ class SpiffeAdapter(HTTPAdapter):
         except NoIdentity as refusal:
             raise NoIdentityError(refusal) from refusal
         try:
+            # verify and cert are for contexts that take trust and certificates from files.
             return super().send(request, stream, timeout or DEFAULT_TIMEOUT, True, None, proxies)
         except requests.exceptions.SSLError as error:
-            raise _refusal_behind(error) or error from error
+            if (refused := _refusal_behind(error)) is not None:
+                raise refused from error
+            raise
 
 
 class _Connection(HTTPSConnection):
@@ -204,12 +200,4 @@ def _refusal_behind(error: requests.exceptions.SSLError) -> Exception | None:
     return None
 
 
-__all__ = [
-    "DEFAULT_TIMEOUT",
-    "NoIdentityError",
-    "RefusedByServer",
-    "ServerRefused",
-    "Session",
-    "SpiffeAdapter",
-    "hop",
-]
+__all__ = ["DEFAULT_TIMEOUT", "NoIdentityError", "RefusedByServer", "ServerRefused", "Session", "hop"]
