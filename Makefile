@@ -13,6 +13,7 @@ MAKEFLAGS += --no-builtin-rules
 ARGS ?=
 PORT ?=
 STATE ?=
+BUDGET ?= 120
 
 # uv makes the environment from uv.lock. One that is installed is used; else dev/get-uv brings the locked one.
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
@@ -25,7 +26,7 @@ MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproje
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
 # The long ones first; each file stays in one process.
-ALL_TESTS := $(wildcard tests/stack tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit)
+ALL_TESTS := $(wildcard tests/stack tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit tests/fuzz tests/abuse)
 UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 
 ##@ Use it
@@ -81,6 +82,14 @@ test-spire: setup spire ## Tests against a real SPIRE server and agent
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl
 	@exec .venv/bin/pytest -q tests/interop $(ARGS)
+
+.PHONY: fuzz
+fuzz: setup ## Look for inputs that break a parser: BUDGET=seconds (default 120), half of it coverage-guided
+	@$(UV) sync --frozen --quiet --inexact --group fuzz
+	@.venv/bin/python -m tests.fuzz.coverage_guided --seconds $$(( $(BUDGET) / 2 ))
+	@end=$$(( SECONDS + $(BUDGET) / 2 )); while \
+	  .venv/bin/pytest -q tests/fuzz --hypothesis-profile=long --hypothesis-seed=$$RANDOM $(ARGS); \
+	  do (( SECONDS < end )) || exit 0; done; exit 1
 
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches

@@ -235,18 +235,19 @@ def _matches(template: tuple[str | None, ...], segments: tuple[str, ...]) -> boo
 def is_ambiguous(path: str, raw_path: bytes) -> bool:
     """True for a request path that two programs could read differently.
 
-    An encoded slash, backslash, dot segment or NUL, an empty segment, a dot segment, or bytes that are not
-    UTF-8: a proxy, the policy and the router might each see another route, so such a request is refused
-    before the policy is asked.
+    An encoded slash, backslash, dot segment or NUL, an empty segment, a dot segment, a fragment, bytes that
+    are not UTF-8, or what decoding a second time would change: a proxy, the policy and the router might each
+    see another route, so such a request is refused before the policy is asked.
     """
     raw = raw_path.split(b"?", 1)[0].lower()
     try:
         unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
         return True
-    if any(code in raw for code in (b"%2f", b"%5c", b"%2e", b"%00", b"%25", b"\\", b";")):
+    if any(code in raw for code in (b"%2f", b"%5c", b"%2e", b"%00", b"%25", b"\\", b";", b"#")):
         return True
-    if not path.startswith("/") or not path.isprintable():
+    # A percent sign that decoding left over may be the half of an escape: "%%32f" becomes "%2f".
+    if not path.startswith("/") or not path.isprintable() or "%" in path:
         return True
     segments = path[1:].split("/")
     return any(s in (".", "..") for s in segments) or "" in segments[:-1] or "\\" in path

@@ -90,7 +90,7 @@ class X509Svid:
             ) from error
         if not isinstance(key, (EllipticCurvePrivateKey, RSAPrivateKey)):
             raise InvalidSvid(Reason.INVALID_UPDATE, "private key is neither an EC nor an RSA key")
-        if key.public_key() != _public_key(chain[0]):
+        if key.public_key() != public_key_of(chain[0]):
             raise InvalidSvid(Reason.INVALID_UPDATE, "private key does not belong to the leaf certificate")
         return cls(spiffe_id_of(chain[0]), chain, key, hint)
 
@@ -205,7 +205,8 @@ def spiffe_id_of(leaf: x509.Certificate) -> SpiffeId:
     return SpiffeId.parse(uris[0])
 
 
-def _public_key(certificate: x509.Certificate) -> object:
+def public_key_of(certificate: x509.Certificate) -> object:
+    """The public key, or `InvalidSvid` with `malformed_certificate` when it can't be read."""
     try:
         return certificate.public_key()
     except (ValueError, UnsupportedAlgorithm) as error:

@@ -26,6 +26,7 @@ from .svid import (
     InvalidSvid,
     X509Bundle,
     fingerprint,
+    public_key_of,
     rfc3339,
     serial_text,
     spiffe_id_of,
@@ -94,8 +95,10 @@ def verify_peer(
 
 def _identity(leaf: x509.Certificate) -> SpiffeId:
     # X509-SVID 2: exactly one URI SAN; 3.1: a leaf's ID has a path.
+    # A key that nobody can read proves nothing.
     try:
         peer_id = spiffe_id_of(leaf)
+        public_key_of(leaf)
     except (InvalidSvid, InvalidSpiffeId) as error:
         raise PeerRefused(error.reason, error.detail) from None
     if peer_id.is_root:

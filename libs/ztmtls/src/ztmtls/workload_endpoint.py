@@ -51,7 +51,8 @@ def parse_endpoint(address: str | None = None) -> str:
     if uri.path:
         raise InvalidEndpoint(f"'{shown}' must hold no path")
     try:
-        host = ipaddress.ip_address(uri.hostname or "")
+        # A zone is no part of an IP address (RFC 3986 section 3.2.2).
+        host = ipaddress.ip_address("" if "%" in uri.netloc else uri.hostname or "")
     except ValueError:
         raise InvalidEndpoint(f"'{shown}' must name its host by an IP address") from None
     if not port or not _HOST_AND_PORT.fullmatch(uri.netloc):
@@ -62,7 +63,7 @@ def parse_endpoint(address: str | None = None) -> str:
 def _unix(authority: str, path: str, shown: str) -> str:
     if authority:
         raise InvalidEndpoint(f"'{shown}' has an authority: write unix:/path or unix:///path")
-    if not path.startswith("/"):
+    if not path.startswith("/") or path.startswith("//"):  # gRPC takes what follows "//" for an authority
         raise InvalidEndpoint(f"'{shown}' must hold an absolute path")
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise InvalidEndpoint(
