@@ -118,7 +118,7 @@ SEEDS = {
     "chain": SVID.chain_der(),
     "svid": len(SVID.chain_der()).to_bytes(2, "big") + SVID.chain_der() + SVID.key_der(),
     "bundle": AUTHORITY.bundle.der() * 2,
-    "policy": b"version: 1\nrules:\n  - {name: r, callers: ['spiffe://a/b'], methods: [GET], paths: ['/x']}\n",
+    "policy": b"version: 1\nrules:\n  - {name: r, callers: ['spiffe://a/b'], methods: [GET], paths: [/x]}\n",
     "path": b"/orders/7%c3%a4",
     "update": UPDATE,
 }

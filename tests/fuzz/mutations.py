@@ -45,6 +45,8 @@ def mutate_der(data: bytes, mutations: Mutations) -> bytes:
     """Change elements of a DER structure; every length around them is made to fit again."""
     root = _Element(0, _parsed(data))
     for kind, where, value, count in mutations:
+        if not root.children:
+            break
         places = root.places()
         parent, index = places[int(where * len(places))]
         element = parent.children[index]
@@ -60,8 +62,6 @@ def mutate_der(data: bytes, mutations: Mutations) -> bytes:
             element.children, element.content = [], b""
         elif not element.children:
             element.content = mutate(element.content, [(kind, (value % 16) / 16, value, count)])
-        if not root.children:
-            break
     return b"".join(child.encoded() for child in root.children)
 
 

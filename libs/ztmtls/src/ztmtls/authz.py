@@ -8,8 +8,10 @@ for a request: may this verified caller use this method on this path? Both work 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,11 @@ def _ok(authorizer: Authorizer, peer: SpiffeId) -> bool:
 # --- policy -------------------------------------------------------------------------------------------
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET"})
+# A policy is read on the event loop of a service that goes on serving, and its index is held in memory.
+MAX_POLICY_BYTES = 256 << 10
+MAX_POLICY_ENTRIES = 100_000
+"""Callers times methods times paths, summed over the rules. YAML's aliases make many of few bytes."""
+_FAULTS_SHOWN = 20
 _PLACEHOLDER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
 _LITERAL = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@-]+")
 
@@ -148,6 +155,9 @@ class PolicyError(Refusal, ValueError):
         self.faults = tuple(faults)
         detail = "; ".join(f if f.line is None else f"line {f.line}: {f}" for f in self.faults)
         super().__init__(Reason.INVALID_POLICY, detail)
+        more = len(self.faults) - _FAULTS_SHOWN
+        shown = [*self.faults[:_FAULTS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        super().__init__(Reason.INVALID_POLICY, "; ".join(shown))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +284,12 @@ def _parse_rules(document: object) -> list[Rule]:
                 repeated.setdefault(rule.name, Fault(f"rule name '{rule.name}' is used twice", place))
             rules[rule.name] = rule
     faults += sorted(repeated.values())
+        raise PolicyError([*faults, "'rules' must be a list with at least one rule"])
+    if sum(map(_entries, entries)) > MAX_POLICY_ENTRIES:
+        raise PolicyError([*faults, f"callers x methods x paths make more than {MAX_POLICY_ENTRIES} entries"])
+    rules = [rule for i, entry in enumerate(entries) if (rule := _parse_rule(i, entry, faults))]
+    names = Counter(rule.name for rule in rules)
+    faults += [f"rule name '{name}' is used twice" for name, count in sorted(names.items()) if count > 1]
     if faults:
         raise PolicyError(faults)
     return list(rules.values())
@@ -281,6 +297,13 @@ def _parse_rules(document: object) -> list[Rule]:
 
 def _parse_rule(index: int, entry: object, faults: list[Fault]) -> Rule | None:
     where: Place = ("rules", index)
+def _entries(entry: object) -> int:
+    lists = [entry.get(key) for key in ("callers", "methods", "paths")] if isinstance(entry, Mapping) else []
+    return math.prod(max(1, len(each)) for each in lists if isinstance(each, list))
+
+
+def _parse_rule(index: int, entry: object, faults: list[str]) -> Rule | None:
+    where = f"rules[{index}]"
     before = len(faults)
 
     def fault(sentence: str, *place: str | int, colon: str = ":") -> None:
@@ -409,6 +432,21 @@ class PolicyDocument:
 def load_policy(path: Path | str) -> Policy:
     """Read and check a ``policy.yaml``. Raises `PolicyError` for anything that is wrong with it."""
     return PolicyDocument.read(path).policy()
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_POLICY_BYTES + 1)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError([f"{path} can't be read: {error}"]) from error
+    if len(content) > MAX_POLICY_BYTES:
+        raise PolicyError([f"{path} is longer than {MAX_POLICY_BYTES} bytes"])
+    try:
+        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except Exception as error:
+        # Not YAMLError alone: the constructors of dates and numbers let ValueError, KeyError and
+        # AttributeError through, and deep nesting ends in RecursionError.
+        raise PolicyError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
+    return Policy.parse(document)
 
 
 class PolicyFile:
