@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +152,9 @@ class PolicyError(Refusal, ValueError):
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
-        detail = "; ".join(f if f.line is None else f"line {f.line}: {f}" for f in self.faults)
-        super().__init__(Reason.INVALID_POLICY, detail)
-        more = len(self.faults) - _FAULTS_SHOWN
-        shown = [*self.faults[:_FAULTS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        shown = [f if f.line is None else f"line {f.line}: {f}" for f in self.faults[:_FAULTS_SHOWN]]
+        if (more := len(self.faults) - _FAULTS_SHOWN) > 0:
+            shown.append(f"and {more} more")
         super().__init__(Reason.INVALID_POLICY, "; ".join(shown))
 
 
@@ -275,6 +273,9 @@ def _parse_rules(document: object) -> list[Rule]:
     entries = document.get("rules")
     if not isinstance(entries, list) or not entries:
         raise PolicyError([*faults, Fault("'rules' must be a list with at least one rule", ("rules",))])
+    if sum(map(_entries, entries)) > MAX_POLICY_ENTRIES:
+        too_many = f"callers x methods x paths make more than {MAX_POLICY_ENTRIES} entries"
+        raise PolicyError([*faults, Fault(too_many, ("rules",))])
     rules: dict[str, Rule] = {}
     repeated: dict[str, Fault] = {}
     for index, entry in enumerate(entries):
@@ -284,26 +285,18 @@ def _parse_rules(document: object) -> list[Rule]:
                 repeated.setdefault(rule.name, Fault(f"rule name '{rule.name}' is used twice", place))
             rules[rule.name] = rule
     faults += sorted(repeated.values())
-        raise PolicyError([*faults, "'rules' must be a list with at least one rule"])
-    if sum(map(_entries, entries)) > MAX_POLICY_ENTRIES:
-        raise PolicyError([*faults, f"callers x methods x paths make more than {MAX_POLICY_ENTRIES} entries"])
-    rules = [rule for i, entry in enumerate(entries) if (rule := _parse_rule(i, entry, faults))]
-    names = Counter(rule.name for rule in rules)
-    faults += [f"rule name '{name}' is used twice" for name, count in sorted(names.items()) if count > 1]
     if faults:
         raise PolicyError(faults)
     return list(rules.values())
 
 
-def _parse_rule(index: int, entry: object, faults: list[Fault]) -> Rule | None:
-    where: Place = ("rules", index)
 def _entries(entry: object) -> int:
     lists = [entry.get(key) for key in ("callers", "methods", "paths")] if isinstance(entry, Mapping) else []
     return math.prod(max(1, len(each)) for each in lists if isinstance(each, list))
 
 
-def _parse_rule(index: int, entry: object, faults: list[str]) -> Rule | None:
-    where = f"rules[{index}]"
+def _parse_rule(index: int, entry: object, faults: list[Fault]) -> Rule | None:
+    where: Place = ("rules", index)
     before = len(faults)
 
     def fault(sentence: str, *place: str | int, colon: str = ":") -> None:
@@ -389,9 +382,13 @@ class PolicyDocument:
     def read(cls, path: Path | str) -> PolicyDocument:
         """Read a file. Raises `PolicyError` when it can't be read or is not YAML."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with open(path, "rb") as file:
+                content = file.read(MAX_POLICY_BYTES + 1)
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError([Fault(f"{path} can't be read: {error}")]) from error
+        if len(content) > MAX_POLICY_BYTES:
+            raise PolicyError([Fault(f"{path} is longer than {MAX_POLICY_BYTES} bytes")])
         try:
             loader = _StrictLoader(text)
             root = loader.get_single_node()
@@ -432,21 +429,6 @@ class PolicyDocument:
 def load_policy(path: Path | str) -> Policy:
     """Read and check a ``policy.yaml``. Raises `PolicyError` for anything that is wrong with it."""
     return PolicyDocument.read(path).policy()
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_POLICY_BYTES + 1)
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError([f"{path} can't be read: {error}"]) from error
-    if len(content) > MAX_POLICY_BYTES:
-        raise PolicyError([f"{path} is longer than {MAX_POLICY_BYTES} bytes"])
-    try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except Exception as error:
-        # Not YAMLError alone: the constructors of dates and numbers let ValueError, KeyError and
-        # AttributeError through, and deep nesting ends in RecursionError.
-        raise PolicyError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
-    return Policy.parse(document)
 
 
 class PolicyFile:
