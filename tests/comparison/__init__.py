@@ -1,0 +1,1 @@
+"""`spiffe` and `spiffe-tls` beside `ztmtls`: the same peers, the same agent, the same questions."""
