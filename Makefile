@@ -95,6 +95,15 @@ fuzz: setup ## Look for inputs that break a parser: BUDGET=seconds (default 120)
 	  .venv/bin/pytest -q tests/fuzz --hypothesis-profile=long --hypothesis-seed=$$RANDOM $(ARGS); \
 	  do (( SECONDS < end )) || exit 0; done; exit 1
 
+.PHONY: comparison
+comparison: setup ## Ask spiffe and spiffe-tls what ztmtls is asked; compare with docs/comparison.md
+	@UV="$(abspath $(shell command -v $(UV)))" exec .venv/bin/python -m tests.comparison $(ARGS)
+
+.PHONY: docs
+docs: setup ## Build the API reference of ztmtls into build/docs; a warning fails it
+	@$(UV) run --quiet --isolated --frozen --no-dev --group docs python libs/ztmtls/docs/reference.py build/docs
+	@echo "build/docs/index.html"
+
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches
 	@if [ -x .venv/bin/ztdev ]; then .venv/bin/ztdev down --if-running; fi

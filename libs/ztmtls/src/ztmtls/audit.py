@@ -24,6 +24,9 @@ Decision = Literal["allow", "deny"]
 class AuditLog:
     """Writes audit lines for one service and counts decisions by event, decision and reason.
 
+    `stream` is where the lines go: a text stream, standard output by default. `counts` maps ``(event,
+    decision, reason)`` to how often; the reason of what was allowed is empty. Any thread may record.
+
     Anybody who reaches the port can cause refused handshakes: of these no more than `HANDSHAKES_PER_SECOND`
     lines are written per reason, and the next line says how many were not (``suppressed``). The counts are
     always complete.

@@ -436,7 +436,10 @@ class PolicyFile:
 
     Reading it for the first time raises `PolicyError` when it is wrong: a service does not start on a
     broken policy. Later a broken or vanished file never replaces the good one and never opens anything:
-    `current` stays what it was, `last_error` says why, and one log line is written.
+    `current` stays what it was, `last_error` says why, and one log line is written. `version` counts the
+    policies that were in force, from 1.
+
+    `server.serve` calls `reload_if_changed` every second; elsewhere the program does.
     """
 
     def __init__(self, path: Path | str) -> None:

@@ -34,7 +34,9 @@ _BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 class JwtValidator(Protocol):
     """What validates tokens: `jwt_source.JwtSource` is one."""
 
-    async def validate(self, token: str, audience: str) -> JwtSvid: ...
+    async def validate(self, token: str, audience: str) -> JwtSvid:
+        """As `jwt_source.JwtSource.validate`, with the same errors."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,11 @@ class AsyncClient(httpx.AsyncClient):
     Args:
         source: our identity.
         peer: the SPIFFE ID the server must prove, or an authorizer.
-        base_url, timeout, headers: as in httpx.
+        base_url, timeout, limits, headers: as in httpx; timeouts are seconds.
+        audit: refused handshakes are lines there.
         tracer: an OpenTelemetry tracer for a span per request: see `tracing`.
+
+    Use ``async with``, or close it with ``aclose``.
 
     There are no redirects, no proxies and no other settings from the environment. Nothing is sent twice,
     but for one more try of an idempotent method (RFC 9110 section 9.2.2; never POST or PATCH) whose
@@ -125,7 +128,11 @@ class AsyncClient(httpx.AsyncClient):
 
 
 class Client(httpx.Client):
-    """The blocking twin of `AsyncClient`, for programs without an event loop."""
+    """The blocking twin of `AsyncClient`, for programs without an event loop.
+
+    Arguments and exceptions are the same. It may be used by several threads. Use ``with``, or close it
+    with ``close``.
+    """
 
     def __init__(
         self,

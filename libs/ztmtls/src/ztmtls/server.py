@@ -60,11 +60,14 @@ async def serve(
     tracer: Tracer | None = None,
     on_serving: Callable[[], None] | None = None,
 ) -> None:
-    """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT.
+    """Serve `app` on ``host:port`` over mutual TLS until SIGTERM or SIGINT, or until it is cancelled.
 
     Args:
+        app: an ASGI 3 application; every request to it goes through `guard.Guard`.
         source: our identity; must hold an SVID already (``await source.ready()``).
-        policy: who may use which method on which path; nothing else is served.
+        policy: who may use which method on which path; nothing else is served. A `PolicyFile` is looked at
+            every second.
+        audit: each decision is a line there: handshakes that are refused, requests, connections closed.
         allowed_peers: an outer allow-list for the handshake itself.
         max_body: bytes that a request's body may have; more is refused with 413.
         probes: marked as serving and draining at the right moments.

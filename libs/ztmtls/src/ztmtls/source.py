@@ -32,7 +32,15 @@ Picker = Callable[[tuple[X509Svid, ...]], X509Svid]
 
 
 class SourceState(StrEnum):
-    """Where a source stands. Only in `serving` and `degraded` is there an identity to use."""
+    """Where a source stands. Only in `serving` and `degraded` is there an identity to use.
+
+    - `starting`: no SVID has arrived yet.
+    - `serving`: the stream is up, and the last update was good.
+    - `degraded`: the agent is away or sent something unusable; the last good SVID still holds.
+    - `expired`: the SVID ran out before another one came.
+    - `denied`: the agent answers ``PERMISSION_DENIED`` for longer than 2 seconds.
+    - `closed`: the program closed the source.
+    """
 
     STARTING = "starting"
     SERVING = "serving"
@@ -43,12 +51,20 @@ class SourceState(StrEnum):
 
 
 class NoIdentity(Refusal):
-    """There is no SVID that may be used now: none yet, redacted, expired, or the source is closed."""
+    """There is no SVID that may be used now: none yet, redacted, expired, or the source is closed.
+
+    Reason: `no_identity`, `identity_denied` or `identity_expired`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class SourceStatus:
-    """A source for people and probes. Times are RFC 3339 in UTC, `seconds_left` is to the SVID's end."""
+    """A source for people and probes. Times are RFC 3339 in UTC, `seconds_left` is to the SVID's end.
+
+    `reason` says what is wrong, and is empty when nothing is. `id`, `serial`, `not_after` and `seconds_left`
+    are of the default SVID, None without one. `failures` counts failed attempts and discarded updates.
+    `authorities` counts the X.509 authorities of each trust domain.
+    """
 
     state: SourceState
     reason: str
@@ -73,8 +89,13 @@ class Source(Protocol):
     def context(self) -> X509Context: ...
     @property
     def state(self) -> SourceState: ...
-    def status(self) -> SourceStatus: ...
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]: ...
+    def status(self) -> SourceStatus:
+        """Everything a probe, a metric or a person wants to know."""
+        ...
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` after every change; returns the way out."""
+        ...
 
 
 class _Holder(Announcer):
@@ -203,7 +224,11 @@ class X509Source(_Holder, SupervisedStream):
         endpoint: Workload API address; default is the variable ``SPIFFE_ENDPOINT_SOCKET``.
         expected_id: the SPIFFE ID we expect to be: a service never runs under another name by accident. An
             update without it means that the identity was withdrawn, as a denial does.
-        picker: chooses the default SVID among several, when `expected_id` does not.
+        picker: chooses the default SVID among several, when `expected_id` does not: it gets them in the
+            agent's order and returns one of them. When it raises, or returns something else, the update is
+            discarded. Without either the first one is the default (Workload API section 8).
+
+    Raises `workload_endpoint.InvalidEndpoint` for an address that is none.
     """
 
     _name = "ztmtls-x509-source"

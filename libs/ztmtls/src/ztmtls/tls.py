@@ -55,8 +55,11 @@ class TlsRefused(ssl.SSLCertVerificationError):
 class Connection:
     """One connection whose peer was verified, and which can be verified again.
 
-    `own` is the SVID this side presented, `generation` the state of the source that the handshake used.
-    `alert` is what the peer ended the connection with, if it did so by a TLS alert.
+    `own` is the SVID this side presented, `peer` what `verify.verify_peer` proved of the other side, and
+    `side` says which one we are. `generation` is the state of the source that the handshake used. `id` names
+    the connection in audit lines; it is unique in this process, and means nothing to the peer.
+    `tls_version` and `cipher` are OpenSSL's names for them. `alert` is what the peer ended the connection
+    with, if it did so by a TLS alert.
     """
 
     __slots__ = (
@@ -284,7 +287,11 @@ class GenerationContext(ssl.SSLContext):
         alpn: Iterable[str] = (),
         on_verified: Callable[[Connection], None] | None = None,
     ) -> GenerationContext:
-        """Build the context for `snapshot`. Raises `material.UnusableMaterial`."""
+        """Build the context for `snapshot`. Raises `material.UnusableMaterial`.
+
+        `alpn` is offered to the peer; `on_verified` is called with each connection, in the thread of its
+        handshake.
+        """
         context = cls(ssl.PROTOCOL_TLS_CLIENT if side == "caller" else ssl.PROTOCOL_TLS_SERVER)
         context._snapshot = snapshot
         context._side = side
@@ -475,10 +482,14 @@ RotatingContext.sslobject_class = _RefusedObject
 def server_context(
     source: Source, *, authorizer: Authorizer | None = None, audit: AuditLog | None = None
 ) -> ssl.SSLContext:
-    """A server's context: presents our SVID, demands and verifies the client's.
+    """A server's context: presents our SVID, demands and verifies the client's (X509-SVID section 5).
 
     `authorizer` is an outer allow-list, applied in the handshake; without it every verified workload of
     a known trust domain gets through to the application, which must then authorize each request.
+
+    A handshake that is refused raises `TlsRefused` (an `ssl.SSLError`) where it is waited for, and is a line
+    of `audit`; `connection_of` then gives the verified connection of one that went well. Without an identity
+    of ours every handshake is refused. Connections that are open are not watched: see `Connection.recheck`.
     """
     return RotatingContext._make("callee", source, authorizer, audit)
 
@@ -488,7 +499,10 @@ def client_context(
 ) -> ssl.SSLContext:
     """A client's context: presents our SVID, accepts only a server that `authorizer` accepts.
 
-    Host names are not compared: an SVID's identity is its SPIFFE ID.
+    Host names are not compared: an SVID's identity is its SPIFFE ID. A server that is refused raises
+    `TlsRefused` (an `ssl.SSLError`) from the handshake, before a byte of the application is sent. That the
+    server refuses *us* comes later, with the first read, since under TLS 1.3 a client's handshake ends before
+    the server has seen its certificate (RFC 8446 section 4.4.2).
     """
     return RotatingContext._make("caller", source, authorizer, audit)
 

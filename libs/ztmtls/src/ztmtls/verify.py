@@ -66,7 +66,14 @@ class VerifiedPeer:
 def verify_peer(
     chain: Sequence[x509.Certificate], bundles: Mapping[TrustDomain, X509Bundle], now: datetime
 ) -> VerifiedPeer:
-    """Verify `chain` (leaf first) against `bundles` at `now` (aware). Raises `PeerRefused`."""
+    """Verify `chain` (leaf first) against `bundles` at `now` (aware). Raises `PeerRefused`.
+
+    In this order: exactly one URI SAN that is a SPIFFE ID with a path (X509-SVID sections 2 and 3.1); a leaf
+    that is no CA and may not sign certificates or CRLs, but may sign handshakes (section 5.2); validity; a
+    bundle of the leaf's own trust domain; a valid path to one of its authorities (RFC 5280 section 6).
+    Intermediates come from `chain`; whatever else it holds does not matter. Not checked here: that the peer
+    has the private key (TLS does), extended key usage (OpenSSL does, for the role), revocation lists.
+    """
     if not chain:
         raise PeerRefused(Reason.NO_CERTIFICATE, "the peer presented no certificate")
     if len(chain) > MAX_CHAIN:

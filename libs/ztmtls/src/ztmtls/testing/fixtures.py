@@ -30,7 +30,7 @@ def spiffe_ca() -> CertificateAuthority:
 def workload_api() -> WorkloadApi:
     """A new `WorkloadApi` in a short private directory, to be entered by the test.
 
-    .. code-block:: python
+    An example:
 
         async def test_orders(workload_api, spiffe_ca):
             async with workload_api as api:

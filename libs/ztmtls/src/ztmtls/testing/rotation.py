@@ -66,7 +66,9 @@ class RotatedWorkload(Protocol):
     @property
     def issued_at(self) -> datetime: ...
 
-    def rotate(self, *, ttl: Duration | None = None) -> X509Svid: ...
+    def rotate(self, *, ttl: Duration | None = None) -> X509Svid:
+        """Issue a new SVID with a life of `ttl`, and return it."""
+        ...
 
 
 class Rotation:

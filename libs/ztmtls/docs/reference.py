@@ -1,0 +1,45 @@
+"""Build the API reference from the docstrings: ``python libs/ztmtls/docs/reference.py build/docs``.
+
+A warning of the generator (an annotation or a name that it can't resolve) ends it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+
+import pdoc
+import pdoc.render
+
+import ztmtls
+
+# The command line is described in cli.md; what stands behind it is not for import.
+HIDDEN = ("ztmtls.cli.", "ztmtls.__main__.")
+# Their names are loaded on first use, which pdoc does not wait for.
+LAZY = ("ztmtls", "ztmtls.testing")
+
+
+def modules() -> list[str]:
+    """The public modules. pdoc by itself takes only those that the package's ``__all__`` names."""
+    found = ["ztmtls", *(module.name for module in walk_packages(ztmtls.__path__, "ztmtls."))]
+    return [name for name in found if not f"{name}.".startswith(HIDDEN)]
+
+
+def build(directory: Path) -> None:
+    """Write one page for each module into `directory`."""
+    for name in LAZY:
+        module = import_module(name)
+        for public in module.__all__:
+            setattr(module, public, getattr(module, public))
+    for name in modules():
+        vars(import_module(name)).pop("logger", None)  # each has one; it is nobody's to use
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc(*modules(), output_directory=directory)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", UserWarning)
+    build(Path(sys.argv[1]))
