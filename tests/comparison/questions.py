@@ -155,7 +155,10 @@ update("no SVID in it", no_svids)
 update("an empty federated bundle", lambda ours: ours.push(federated={PARTNER: b""}))
 update("a federated bundle that can't be read", lambda ours: ours.push(federated={PARTNER: b"\x30\x01"}))
 update("field `spiffe_id` names somebody else than the certificate", other_name)
-update("private key that does not belong to the certificate", lambda o: pushed(o, with_other_key(o.ca.issue(OURS))))
+update(
+    "private key that does not belong to the certificate",
+    lambda o: pushed(o, with_other_key(o.ca.issue(OURS))),
+)
 update("SVID that has expired", lambda ours: pushed(ours, past(ours.ca)))
 update("stream ended with `INVALID_ARGUMENT`", stopped)
 
@@ -254,5 +257,3 @@ identifier("SPIFFE ID with upper case in the trust domain", "spiffe://ZT.example
 async def in_asyncio(side: Side) -> str:
     async with agent() as ours, plain_server(ours.ca.issue(PEER), ours.ca.bundle) as port:
         return "works" if await side.asyncio_client(ours.endpoint, port, PEER) else "fails"
-
-

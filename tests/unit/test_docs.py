@@ -10,6 +10,8 @@ A block is told what it is by the comment before it:
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import socket
@@ -19,15 +21,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
+from ztmtls.audit import AuditLog
+from ztmtls.authz import Policy
 from ztmtls.metrics import Collector
 from ztmtls.reasons import Reason
+from ztmtls.settings import CalleeSettings
 from ztmtls.source import SourceState
+from ztmtls.testing import calling_as
 
 LIBRARY = Path(__file__).parents[2] / "libs" / "ztmtls"
 PAGES = [LIBRARY / "README.md", LIBRARY / "CHANGELOG.md", *sorted((LIBRARY / "docs").glob("*.md"))]
 OPERATIONS = (LIBRARY / "docs" / "operations.md").read_text()
 
+CALLER = "spiffe://zt.example/caller"
 _BLOCK = re.compile(r"(?:<!-- ([a-z]+)(?:: ([^>]*?))? -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _PORTS = ("8443", "8444")
 
@@ -77,7 +85,9 @@ def free_ports(count: int) -> list[str]:
 
 
 def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SPIFFE_", "PYTEST_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SPIFFE_", "PYTEST_"))
+    }
     return subprocess.run(
         [sys.executable, *command],
         cwd=directory,
@@ -106,7 +116,11 @@ READ = {path.relative_to(LIBRARY).as_posix(): Page.read(path) for path in PAGES}
 
 @pytest.mark.parametrize(
     ("page", "program"),
-    [pytest.param(p, program, id=f"{name}:{program.name}") for name, p in READ.items() for program in p.programs],
+    [
+        pytest.param(p, program, id=f"{name}:{program.name}")
+        for name, p in READ.items()
+        for program in p.programs
+    ],
 )
 def test_program_runs_and_prints_what_is_shown(page: Page, program: Program, directory: Path) -> None:
     done = run(directory, program.name)
@@ -157,7 +171,7 @@ def first_column(heading: str) -> list[str]:
     """What stands in code in the first column of the tables below a heading of operations.md."""
     section = re.split(r"^## ", OPERATIONS.split(f"\n## {heading}\n")[1], flags=re.MULTILINE)[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return [name for cell in cells for name in re.findall(r"`([^`{]+)", cell)]
+    return [name for cell in cells for name in re.findall(r"`([^`{]+)[^`]*`", cell)]
 
 
 def test_every_reason_is_explained_once() -> None:
@@ -173,3 +187,34 @@ def test_every_metric_is_explained() -> None:
     documented = set(re.findall(r"ztmtls_\w+", Collector.__doc__ or ""))
     assert len(documented) > 5
     assert set(first_column("Metrics")) == documented
+
+
+async def test_every_field_of_an_audit_line_is_explained() -> None:
+    lines = io.StringIO()
+    policy = Policy.parse(
+        {"version": 1, "rules": [{"name": "r", "callers": [CALLER], "methods": ["GET"], "paths": ["/"]}]}
+    )
+    async with calling_as(FastAPI(), CALLER, policy, audit=AuditLog("callee", lines)) as client:
+        await client.get("/")
+        await client.get("/other")
+    allowed, denied = (set(json.loads(line)) for line in lines.getvalue().splitlines())
+    assert "rule" in allowed
+    assert "detail" in denied
+    assert allowed | denied <= set(first_column("Audit lines"))
+
+
+def test_every_setting_is_explained_with_its_default() -> None:
+    page = (LIBRARY / "docs" / "getting-started.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (`.*?`)? ?\|", page, re.MULTILINE))
+    fields = CalleeSettings.model_fields
+    assert {name.lower() for name in rows} == set(fields)
+    for name, default in rows.items():
+        field_info = fields[name.lower()]
+        assert default == ("" if field_info.is_required() else f"`{field_info.default}`"), name
+
+
+def test_every_command_of_the_makefile_that_is_named_exists() -> None:
+    makefile = (LIBRARY.parents[1] / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"`make ([a-z]+)`", page.read_text()):
+            assert f"\n{target}: " in makefile, (page.name, target)
