@@ -40,7 +40,10 @@ def main() -> int:
     print(", ".join(f"{name} {text}" for name, text in versions.items()))
     if arguments.only:
         return 0
-    return check_page(table(answers), arguments.write)
+    old = [name for name in theirs.PINNED if f"{name}` {versions[name]}" not in PAGE.read_text()]
+    if old:
+        print(f"{PAGE.name} names another version of {', '.join(old)}", file=sys.stderr)
+    return check_page(table(answers), arguments.write) or bool(old)
 
 
 async def ask(theirs: Side, ours: Side, only: str) -> dict[str, dict[str, list[str]]]:

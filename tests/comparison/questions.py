@@ -5,14 +5,17 @@ The rightful case comes first in each: an answer counts only where the library w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import grpc
 
-from tests.conformance.peers import call, plain_server, tcp_front
+from tests.conformance.peers import DEADLINE, HOST, call, plain_context, plain_server, tcp_front
 from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority, WorkloadApi, with_other_key
 from ztmtls.testing import Workload as Agent
@@ -251,6 +254,29 @@ def identifier(text: str, spiffe_id: str) -> None:
 
 identifier("SPIFFE ID with a line break at its end", f"{PEER}\n")
 identifier("SPIFFE ID with upper case in the trust domain", "spiffe://ZT.example/peer")
+
+
+@question(REST, "client that offers the TLS session of its last connection")
+async def again(side: Side) -> str:
+    async with agent() as ours, side.workload(ours.endpoint, f"id={PEER}") as workload:
+        context = plain_context(ssl.PROTOCOL_TLS_CLIENT, ours.ca.issue(PEER), None)
+
+        def visit(session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession | None, bool | None]:
+            with (
+                socket.create_connection((HOST, workload.port), DEADLINE) as raw,
+                context.wrap_socket(raw, session=session) as connection,
+            ):
+                line = connection.recv(100)
+                return line, connection.session, connection.session_reused
+
+        line, session, _ = await asyncio.to_thread(visit, None)
+        assert line
+        try:
+            line, _, resumed = await asyncio.to_thread(visit, session)
+        except ssl.SSLError:
+            return "handshake fails"
+        assert line
+        return "resumed" if resumed else "full handshake"
 
 
 @question(REST, "client context in `asyncio.open_connection`")

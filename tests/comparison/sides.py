@@ -82,6 +82,8 @@ class CannotStart(Exception):
 class Theirs(Side):
     """`spiffe` and `spiffe-tls`, in a process and an environment of their own."""
 
+    PINNED = ("spiffe", "spiffe-tls", "pyopenssl", "cryptography", "grpcio")
+
     def __init__(self, python: str) -> None:
         self._python = python
 
@@ -99,7 +101,7 @@ class Theirs(Side):
         program = (
             "import json, platform; from importlib.metadata import version;"
             "print(json.dumps({'Python': platform.python_version()} | {n: version(n) for n in "
-            "('spiffe', 'spiffe-tls', 'pyopenssl', 'cryptography', 'grpcio')}))"
+            f"{self.PINNED}}}))"
         )
         done = subprocess.run([self._python, "-c", program], check=True, capture_output=True, text=True)
         found: dict[str, str] = json.loads(done.stdout)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from fastapi import FastAPI
 
 from ztmtls.audit import AuditLog
@@ -65,6 +66,8 @@ class Page:
                 page.programs.append(Program(name or f"program{len(page.programs) + 1}.py", text))
             elif kind == "prints":
                 page.programs[-1].prints = text.splitlines()
+            elif language == "yaml":
+                yaml.safe_load(text)
             elif kind == "fragment":
                 compile(text, str(path), "exec", dont_inherit=True)
             elif language == "python":

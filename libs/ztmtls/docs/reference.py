@@ -28,6 +28,15 @@ def modules() -> list[str]:
     return [name for name in found if not f"{name}.".startswith(HIDDEN)]
 
 
+def adopt(public: type) -> None:
+    """Give a class what it has from private bases: pdoc names what is inherited and does not describe it."""
+    for base in public.__mro__[1:]:
+        if base.__module__.startswith("ztmtls.") and base.__name__.startswith("_"):
+            for name, member in vars(base).items():
+                if not name.startswith("_") and name not in vars(public):
+                    setattr(public, name, member)
+
+
 def build(directory: Path) -> None:
     """Write one page for each module into `directory`."""
     for name in LAZY:
@@ -35,7 +44,11 @@ def build(directory: Path) -> None:
         for public in module.__all__:
             setattr(module, public, getattr(module, public))
     for name in modules():
-        vars(import_module(name)).pop("logger", None)  # each has one; it is nobody's to use
+        module = import_module(name)
+        vars(module).pop("logger", None)  # each has one; it is nobody's to use
+        for found in vars(module).values():
+            if isinstance(found, type) and found.__module__ == name:
+                adopt(found)
     pdoc.render.configure(docformat="google")
     pdoc.pdoc(*modules(), output_directory=directory)
 
