@@ -65,6 +65,8 @@ DEADLINE = 10.0
 PATIENT = Retry(deadline=6.0, attempt=1.0, attempts=6, first_pause=0.02, longest_pause=0.2)
 # Gives up after two failures, not after a time: a loaded machine must not look like a broken one.
 HASTY = Retry(deadline=20.0, attempt=10.0, attempts=2, first_pause=0.02, longest_pause=0.05)
+# Asks once, for as long as it takes: for counting requests.
+ONCE = Retry(deadline=30.0, attempt=30.0, attempts=1, first_pause=0.02, longest_pause=0.05)
 
 
 class FixedSecret:
@@ -610,7 +612,7 @@ async def test_an_order_left_behind_by_a_crash_is_paid_once(shop: Shop) -> None:
 
 
 async def test_two_replicas_share_the_work_and_do_none_twice(shop: Shop) -> None:
-    async with shop.orders() as one, shop.orders() as two:
+    async with shop.orders(ONCE) as one, shop.orders(ONCE) as two:
         ids = [await _written_down_only(shop, one) for _ in range(12)]
         await shop.make_due()
         shop.mischief.requests.clear()
