@@ -348,6 +348,16 @@ async def test_a_client_leaves_a_server_that_is_no_longer_acceptable(
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_closing_a_channel_is_quiet(
+    served: Served, caller: StaticSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with channel(caller, served.target, peer=SERVER) as opened:
+        stream = opened.unary_stream(WATCH)(b"")
+        assert await stream.read() == b"watching"
+    await asyncio.sleep(0)
+    assert caplog.records == []
+
+
 async def test_another_process_cannot_use_the_channel(
     served: Served, caller: StaticSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

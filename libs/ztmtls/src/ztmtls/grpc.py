@@ -334,6 +334,8 @@ async def channel(
                 await _tunnel(source, context, host, int(port), reader, writer)
         except (OSError, Refusal) as error:
             logger.warning("connection to %s: %s", target, error)
+        except asyncio.CancelledError:
+            pass  # the channel is closed; asyncio would log the end of a cancelled handler as an error
         finally:
             tunnels.discard(task)
             writer.close()
