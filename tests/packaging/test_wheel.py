@@ -19,8 +19,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "libs" / "ztmtls"
-# What another extra is needed for, although the package `testing` is imported without.
-NEEDS_CLIENT = ("testing.calling", "testing.harness")
+# What needs more than its package says.
+NEEDS_MORE = {"testing.calling": ("client",), "testing.harness": ("client", "jwt")}
 
 
 def uv(*arguments: str, **environment: str) -> None:
@@ -56,7 +56,10 @@ def metadata(wheel: Path) -> Message:
 
 def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(wheel: Path) -> None:
     source = LIBRARY / "src"
-    package = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {"ztmtls/py.typed"}
+    package = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {
+        "ztmtls/py.typed",
+        "ztmtls/policy.schema.json",
+    }
     outside = {name for name in names(wheel) if ".dist-info/" not in name}
     assert outside == package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names(wheel))
@@ -91,8 +94,8 @@ def test_a_service_brings_its_policy(service: str, tmp_path: Path) -> None:
     assert {f"{service}/policy.yaml", f"{service}/py.typed"} <= held
 
 
-def modules() -> dict[str, set[str]]:
-    """The modules by the extra that they need; what the README's table does not name belongs to the core."""
+def modules() -> dict[tuple[str, ...], set[str]]:
+    """The modules by the extras that they need; what the README's table does not name belongs to the core."""
     source = LIBRARY / "src" / "ztmtls"
     every = {
         ".".join(path.relative_to(source).with_suffix("").parts)
@@ -100,33 +103,35 @@ def modules() -> dict[str, set[str]]:
         if path.stem not in ("__init__", "__main__")
     }
     table = (LIBRARY / "README.md").read_text().split("## Modules")[1].split("\n## ")[0]
-    extras: dict[str, str] = {"listen": "server"}  # what `server` and `probes` are made of
+    extras: dict[str, tuple[str, ...]] = {"listen": ("server",)}  # what `server` and `probes` are made of
     for line in table.splitlines():
         if line.startswith("| `"):
             _, first, *_, last, _ = line.split("|")
-            extras |= dict.fromkeys(re.findall(r"`(\w+)`", first), last.strip(" `"))
-    found: dict[str, set[str]] = {}
-    for module in every - set(NEEDS_CLIENT):
-        found.setdefault(extras.get(module.partition(".")[0], ""), set()).add(module)
-    found["client"] |= set(NEEDS_CLIENT)
+            extras |= dict.fromkeys(re.findall(r"`(\w+)`", first), tuple(re.findall(r"`(\w+)`", last)))
+    found: dict[tuple[str, ...], set[str]] = {}
+    for module in every:
+        needed = NEEDS_MORE.get(module, extras.get(module.partition(".")[0], ()))
+        found.setdefault(needed, set()).add(module)
     return found
 
 
-def test_each_extra_has_modules_of_its_own(wheel: Path) -> None:
-    assert {name for name in modules() if name} == set(metadata(wheel).get_all("Provides-Extra", []))
+def test_each_extra_is_needed_by_a_module(wheel: Path) -> None:
+    needed = {extra for extras in modules() for extra in extras}
+    assert needed == set(metadata(wheel).get_all("Provides-Extra", []))
 
 
-@pytest.mark.parametrize("extra", sorted(modules()), ids=lambda extra: extra or "none")
-def test_an_extra_alone_is_enough_for_its_modules(extra: str, wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extras", sorted(modules()), ids=lambda extras: "+".join(extras) or "none")
+def test_the_named_extras_are_enough_for_a_module(
+    extras: tuple[str, ...], wheel: Path, tmp_path: Path
+) -> None:
     python = tmp_path / "venv" / "bin" / "python"
-    only = ["--extra", extra] if extra else []
     uv(
         *("sync", "--quiet", "--frozen", "--no-dev", "--package", "ztmtls", "--no-install-project"),
-        *only,
+        *(word for extra in extras for word in ("--extra", extra)),
         UV_PROJECT_ENVIRONMENT=str(tmp_path / "venv"),
     )
     uv("pip", "install", "--quiet", "--no-deps", "--python", str(python), str(wheel))
-    wanted = sorted(modules()[""] | modules()[extra])
+    wanted = sorted(set().union(*(found for needed, found in modules().items() if {*needed} <= {*extras})))
 
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module('ztmtls.' + name)"
     done = subprocess.run(
