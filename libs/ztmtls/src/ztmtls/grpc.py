@@ -33,7 +33,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from .audit import AuditLog
-from .authz import Authorizer, Policy, PolicyFile, exact, is_ambiguous
+from .authz import Authorizer, NotAuthorized, Policy, PolicyFile, authorize_request, exact
 from .ids import SpiffeId
 from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
@@ -200,13 +200,7 @@ class Guard(grpc.aio.ServerInterceptor):
     def _check(self, method: str, presented: tuple[bytes, ...]) -> tuple[VerifiedPeer, str]:
         snapshot = self._source.context
         found = self._verify(presented, snapshot, datetime.now(UTC))
-        if is_ambiguous(method, method.encode()):
-            raise Refusal(Reason.AMBIGUOUS_PATH, "the method could be read in more than one way")
-        policy = self._policy.current if isinstance(self._policy, PolicyFile) else self._policy
-        decision = policy.decide(found.id, "POST", method)
-        if not decision.allowed or decision.rule is None:
-            raise Refusal(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
-        return found, decision.rule
+        return found, authorize_request(self._policy, found.id, "POST", method, method.encode())
 
     def _verify(self, pems: tuple[bytes, ...], snapshot: X509Context, now: datetime) -> VerifiedPeer:
         generation, found = self._verified.get(pems, (0, None))
@@ -224,15 +218,12 @@ class Guard(grpc.aio.ServerInterceptor):
         )  # fmt: skip
         if isinstance(refusal, NoIdentity):
             code = grpc.StatusCode.UNAVAILABLE
-        elif refusal.reason in _AUTHORIZATION:
+        elif isinstance(refusal, NotAuthorized):
             code = grpc.StatusCode.PERMISSION_DENIED
         else:
             code = grpc.StatusCode.UNAUTHENTICATED
         await context.abort(code, str(refusal))
         raise AssertionError("context.abort returned")  # fail closed
-
-
-_AUTHORIZATION = (Reason.CALLER_NOT_ALLOWED, Reason.ROUTE_NOT_ALLOWED, Reason.AMBIGUOUS_PATH)
 
 
 async def _unimplemented(request: Any, context: Any) -> AsyncIterator[bytes]:
