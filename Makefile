@@ -61,7 +61,7 @@ check: setup ## Format, lint and types, then the quick tests
 	@echo "== ruff format"; .venv/bin/ruff format --check $(CHECKED)
 	@echo "== ruff check"; .venv/bin/ruff check $(CHECKED)
 	@echo "== mypy"; .venv/bin/mypy
-	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q $(QUICK_TESTS) $(ARGS)
+	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q -n 2 --dist loadfile $(QUICK_TESTS) $(ARGS)
 
 .PHONY: conformance
 conformance: setup ## Test the library clause by clause; the result is in build/conformance.json
