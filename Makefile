@@ -101,6 +101,7 @@ comparison: setup ## Ask spiffe and spiffe-tls what ztmtls is asked; compare wit
 
 .PHONY: docs
 docs: setup ## Build the API reference of ztmtls into build/docs; a warning fails it
+	@rm -rf build/docs
 	@$(UV) run --quiet --isolated --frozen --only-group docs python libs/ztmtls/docs/reference.py build/docs
 	@echo "build/docs/index.html"
 
