@@ -33,7 +33,12 @@ from ztmtls.source import SourceState
 from ztmtls.testing import calling_as
 
 LIBRARY = Path(__file__).parents[2] / "libs" / "ztmtls"
-PAGES = [LIBRARY / "README.md", LIBRARY / "CHANGELOG.md", *sorted((LIBRARY / "docs").glob("*.md"))]
+PAGES = [
+    LIBRARY / "README.md",
+    LIBRARY / "CHANGELOG.md",
+    LIBRARY / "examples" / "README.md",
+    *sorted((LIBRARY / "docs").glob("*.md")),
+]
 OPERATIONS = (LIBRARY / "docs" / "operations.md").read_text()
 
 CALLER = "spiffe://zt.example/caller"
