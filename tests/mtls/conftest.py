@@ -119,9 +119,10 @@ async def serving(
     grace: float = 1.0,
     live_limits: LiveLimits = PATIENT,
     tracer: Any = None,
+    port: int | None = None,
 ) -> AsyncIterator[Served]:
-    """Run `server.serve` on a free port."""
-    served = Served(free_port(), source, io.StringIO())
+    """Run `server.serve`, on a free port if none is named."""
+    served = Served(port or free_port(), source, io.StringIO())
     served.probes = Probes("127.0.0.1", free_port(), source=source)
     task = asyncio.create_task(
         serve(

@@ -7,9 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
-import ssl
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,15 +22,14 @@ from tests.mtls.conftest import CALLER, DOMAIN, POLICY, SERVER, Served, make_app
 from ztmtls import fastapi as ztfastapi
 from ztmtls.audit import AuditLog
 from ztmtls.authz import PolicyError, PolicyFile
-from ztmtls.client import AsyncClient, Client, ServerRefused, hop
-from ztmtls.guard import Guard
-from ztmtls.identity import SCOPE_KEY, request_identity
+from ztmtls.client import Client, hop
+from ztmtls.identity import request_identity
 from ztmtls.listen import PortInUse
 from ztmtls.reasons import Reason
 from ztmtls.server import HttpParser, _loop_factory, serve
 from ztmtls.source import NoIdentity, StaticSource
 from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import client_context, connection_of
+from ztmtls.tls import client_context
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
@@ -177,46 +173,6 @@ async def test_server_without_an_identity_serves_nothing(
     assert served.audit("deny")[-1]["reason"] == Reason.IDENTITY_DENIED
 
 
-async def test_sessions_are_not_resumed(served: Served, caller: StaticSource) -> None:
-    def connect(session: ssl.SSLSession | None) -> tuple[bool, ssl.SSLSession | None]:
-        context = context_of_one_generation
-        raw = socket.create_connection(("127.0.0.1", served.port))
-        with context.wrap_socket(raw, session=session) as tls:
-            assert connection_of(tls).peer.id
-            tls.sendall(b"GET /thing HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert tls.recv(1000).startswith(b"HTTP/1.1 200")
-            return bool(tls.session_reused), tls.session
-
-    context_of_one_generation = client_context(caller, lambda peer: None).newest()  # type: ignore[attr-defined]
-    _, session = await asyncio.to_thread(connect, None)
-    assert session is None or not session.has_ticket
-    reused, _ = await asyncio.to_thread(connect, session)
-    assert not reused
-
-
-async def test_key_reaches_no_disk(ca: CertificateAuthority, tmp_path: Path) -> None:
-    """Every file this process opens for writing while 20 contexts are built is an anonymous memory file."""
-    opened: list[str] = []
-    active = True
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if active and event == "open" and isinstance(args[0], str):
-            mode, flags = args[1], args[2]
-            if (mode and set(mode) & set("wax+")) or (flags & (os.O_WRONLY | os.O_RDWR)):
-                opened.append(args[0])
-
-    before = len(os.listdir("/proc/self/fd"))
-    sys.addaudithook(hook)
-    source = StaticSource(ca.context(ca.issue(SERVER)))
-    context = client_context(source, lambda peer: None)
-    for _ in range(20):
-        source.set(ca.context(ca.issue(SERVER)))
-        context.newest()  # type: ignore[attr-defined]
-    active = False
-    assert opened == []
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def test_rotating_context_can_not_be_opened_up(ca: CertificateAuthority) -> None:
     context = client_context(StaticSource(ca.context(ca.issue(CALLER))), lambda peer: None)
     with pytest.raises(TypeError):
@@ -227,40 +183,6 @@ def test_rotating_context_can_not_be_opened_up(ca: CertificateAuthority) -> None
 
 
 # --- the guard fails closed ---------------------------------------------------------------------------
-
-
-async def call_guard(caller: StaticSource, **scope: Any) -> tuple[int, dict[str, Any]]:
-    sent: list[dict[str, Any]] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {"type": "http.request"}
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise AssertionError("the application must not be reached")
-
-    guard = Guard(app, source=caller, policy=POLICY, audit=AuditLog("x", io.StringIO()))
-    await guard({"type": "http", "method": "GET", "path": "/thing", **scope}, receive, send)
-    return sent[0]["status"], json.loads(sent[1]["body"])
-
-
-@pytest.mark.parametrize(
-    "scope",
-    [
-        {},
-        {SCOPE_KEY: None},
-        {SCOPE_KEY: {"peer": CALLER}},
-        {"extensions": {"tls": {"client_cert_name": CALLER}}},
-        {"headers": [(b"x-spiffe-id", CALLER.encode())]},
-    ],
-)
-async def test_request_without_a_verified_connection_is_refused(
-    caller: StaticSource, scope: dict[str, Any]
-) -> None:
-    status, problem = await call_guard(caller, **scope)
-    assert (status, problem["reason"]) == (403, Reason.NO_PEER)
 
 
 async def test_application_behind_plain_http_has_no_peer() -> None:
@@ -398,17 +320,6 @@ async def test_blocking_client_rotates_too(served: Served, ca: CertificateAuthor
 
     first, third, seen = await asyncio.to_thread(calls)
     assert first != third == seen
-
-
-async def test_two_expected_peers_at_one_address_share_no_connection(
-    served: Served, caller: StaticSource
-) -> None:
-    async with served.client(caller) as right:
-        assert (await right.get("/thing")).status_code == 200
-        async with AsyncClient(caller, peer="spiffe://zt.example/else", base_url=served.url) as wrong:
-            with pytest.raises(ServerRefused):
-                await wrong.get("/thing")
-        assert (await right.get("/thing")).status_code == 200
 
 
 # --- bodies -------------------------------------------------------------------------------------------
