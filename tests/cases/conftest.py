@@ -20,6 +20,7 @@ from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
 __all__ = ["ca", "caller", "served", "server_source"]  # fixtures
 
 SERVICE = Path(__file__).with_name("small_service.py")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -89,7 +90,12 @@ async def service(
 ) -> AsyncIterator[Service]:
     """Run tests/cases/small_service.py; `workload` is the identity that it may have, at once."""
     port, probe_port = free_port(), free_port()
-    environment = os.environ | more | ({} if endpoint is None else {"SPIFFE_ENDPOINT_SOCKET": endpoint})
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(REPOSITORY)}
+        | more
+        | ({} if endpoint is None else {"SPIFFE_ENDPOINT_SOCKET": endpoint})
+    )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, SERVICE, SERVER, str(port), str(probe_port), str(startup_timeout)),
         env=environment,
