@@ -26,7 +26,7 @@ MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproje
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
 # The long ones first; each file stays in one process.
-ALL_TESTS := $(wildcard tests/stack tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit tests/fuzz tests/abuse)
+ALL_TESTS := $(wildcard tests/stack tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit tests/fuzz tests/abuse tests/cases)
 UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 
 ##@ Use it

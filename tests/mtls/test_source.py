@@ -94,27 +94,6 @@ async def test_bundle_only_update_adds_and_drops_authorities(
     assert source.context.bundles[domain] == ca.bundle
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        grpc.StatusCode.OK,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.INVALID_ARGUMENT,
-    ],
-)
-async def test_stream_that_ends_is_opened_again_and_the_svid_kept(
-    source: X509Source, workload: Workload, code: grpc.StatusCode
-) -> None:
-    before = serial(source)
-    workload.end(code)
-    await until(lambda: source.state is SourceState.DEGRADED)
-    assert serial(source) == before
-    assert source.status().reason
-    await rotated(source, workload)
-
-
 @pytest.mark.parametrize("field", ["svids", "spiffe_id", "x509_svid", "x509_svid_key", "bundle"])
 async def test_update_with_an_empty_mandatory_field_is_discarded(
     source: X509Source, workload: Workload, field: str
@@ -317,42 +296,6 @@ async def test_redacted_identity_is_dropped_within_5_s_and_returns_by_itself(
     await rotated(source, workload)
 
 
-async def test_entry_that_flaps_for_a_moment_costs_nothing(source: X509Source, workload: Workload) -> None:
-    states: list[SourceState] = []
-    source.subscribe(lambda: states.append(source.state))
-    for _ in range(3):
-        calls = workload.calls["FetchX509SVID"]
-        workload.redact()
-        await workload.wait_for_calls(calls + 1)
-        workload.restore()
-        await until(lambda: source.state is SourceState.SERVING)
-    assert SourceState.DENIED not in states
-
-
-async def test_agent_that_is_away_for_many_attempts(source: X509Source, workload: Workload) -> None:
-    before = serial(source)
-    await workload.stop()
-    await until(lambda: source.status().failures >= 4, 15)
-    assert source.state is SourceState.DEGRADED
-    assert serial(source) == before
-    assert identity_fault(source) is None, "ready while the SVID is good"
-    await workload.start()
-    await rotated(source, workload)
-
-
-async def test_svid_that_expires_while_the_agent_is_away(ca: CertificateAuthority) -> None:
-    async with agent(ca, svid_ttl=2) as workload, X509Source(workload.endpoint) as source:
-        await source.ready(5)
-        await workload.stop()
-        await until(lambda: source.state is SourceState.EXPIRED, 10)
-        with pytest.raises(NoIdentity) as refused:
-            _ = source.context
-        assert refused.value.reason is Reason.IDENTITY_EXPIRED
-        assert (identity_fault(source) or "").startswith("expired")
-        await workload.start()
-        await rotated(source, workload)
-
-
 async def test_silent_stream_is_opened_anew_before_the_svid_runs_out(ca: CertificateAuthority) -> None:
     async with agent(ca, svid_ttl=4) as workload, X509Source(workload.endpoint) as source:
         first = (await source.ready(5)).svid.serial
@@ -406,13 +349,6 @@ async def test_agent_that_accepts_and_never_answers(ca: CertificateAuthority) ->
                 await source.ready(0.3)
             workload.resume()
             await source.ready(5)
-
-
-async def test_proxy_variables_have_no_effect(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTPS_PROXY", "https_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    async with X509Source(workload.endpoint) as source:
-        await source.ready(5)
 
 
 async def test_we_never_run_under_another_name(ca: CertificateAuthority) -> None:
