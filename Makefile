@@ -82,6 +82,14 @@ test-spire: setup spire ## Tests against a real SPIRE server and agent
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl
 	@exec .venv/bin/pytest -q tests/interop $(ARGS)
+# The same tests as `make test`, under a tracer: a CI runs one or the other.
+.PHONY: coverage
+coverage: setup ## Run every test; lines and branches of ztmtls must be covered to 95 %
+	@.venv/bin/ztdev prepare
+	@rm -rf build/coverage; mkdir -p build/coverage
+	@.venv/bin/coverage run -m pytest -q -n 2 --dist loadfile $(ALL_TESTS) $(ARGS)
+	@.venv/bin/coverage combine --quiet
+	@exec .venv/bin/coverage report
 
 .PHONY: soak
 soak: setup ## 10,000 rotations and 100,000 connections: do memory and descriptors stay flat? (half an hour)

@@ -25,14 +25,15 @@ from ztmtls.verify import PeerRefused, verify_peer
 
 OURS = "spiffe://zt.example/ours"
 DEADLINE = 30.0
-# Most take milliseconds; a loaded machine may be a hundred times slower. What is not bounded takes for ever.
-SECONDS = 10.0
+# Of this thread's own time, whatever else the machine does. Most take milliseconds, a policy a second or two,
+# all more under a coverage tracer. What is not bounded takes for ever.
+SECONDS = 20.0
 
 
 def quickly(action: Callable[[], object]) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     action()
-    assert time.monotonic() - began < SECONDS
+    assert time.thread_time() - began < SECONDS
 
 
 def certificate(
