@@ -679,3 +679,26 @@ def test_verifying_again_gives_the_same_answer(ca: CertificateAuthority) -> None
     chain: Sequence[x509.Certificate] = first.chain
 
     assert verify_peer(chain, bundles(ca), NOON) == first
+
+
+# -- What nobody can read -------------------------------------------------------------------------------
+
+
+def test_leaf_whose_public_key_cannot_be_read_is_refused(ca: CertificateAuthority) -> None:
+    good = ca.issue(WORKLOAD)
+    accepted(good, bundles(ca))
+    numbers = good.key.public_key().public_numbers()
+    assert isinstance(numbers, ec.EllipticCurvePublicNumbers)
+    point = numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
+    body = good.leaf.tbs_certificate_bytes.replace(point, bytes(63) + b"\1")
+    signature = ca.active.key.sign(body, ec.ECDSA(hashes.SHA256()))
+    algorithm = bytes.fromhex("300a06082a8648ce3d040302")  # ecdsa-with-SHA256
+    leaf = x509.load_der_x509_certificate(_der(0x30, body + algorithm + _der(0x03, b"\0" + signature)))
+
+    refused(dataclasses.replace(good, chain=(leaf,)), bundles(ca), Reason.MALFORMED_CERTIFICATE)
+
+
+def _der(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    octets = b"" if size < 0x80 else size.to_bytes(2, "big")
+    return bytes([tag, 0x80 | len(octets) if octets else size]) + octets + content

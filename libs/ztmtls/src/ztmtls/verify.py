@@ -116,13 +116,8 @@ def _identity(leaf: x509.Certificate) -> SpiffeId:
 def _check_leaf_profile(leaf: x509.Certificate, peer_id: SpiffeId) -> None:
     # X509-SVID 5.2, with 4.3 and RFC 8446 4.4.2.2 for digitalSignature. An absent BasicConstraints
     # means "not a CA" (RFC 5280 4.2.1.9).
-    try:
-        basic = _extension(leaf, x509.BasicConstraints)
-        usage = _extension(leaf, x509.KeyUsage)
-    except UNDECODABLE as error:
-        raise PeerRefused(
-            Reason.MALFORMED_CERTIFICATE, f"an extension of {peer_id}'s certificate can't be decoded"
-        ) from error
+    basic = _extension(leaf, x509.BasicConstraints)
+    usage = _extension(leaf, x509.KeyUsage)
     if basic is not None and basic.ca:
         raise PeerRefused(Reason.LEAF_IS_CA, f"{peer_id} presented a CA certificate as its own")
     if usage is not None and usage.key_cert_sign:
