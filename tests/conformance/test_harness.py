@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from tests.mtls.conftest import free_port
+from tests.processes import environment
 from ztmtls.testing import CertificateAuthority, Workload
 
 from .conftest import DOMAIN, OURS, PEER, conformance
@@ -27,7 +28,7 @@ async def started(endpoint: str) -> AsyncIterator[asyncio.subprocess.Process]:
         sys.executable,
         "-m",
         "ztmtls.testing.harness",
-        env={"SPIFFE_ENDPOINT_SOCKET": endpoint},
+        env=environment(SPIFFE_ENDPOINT_SOCKET=endpoint),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -35,7 +36,7 @@ async def started(endpoint: str) -> AsyncIterator[asyncio.subprocess.Process]:
         yield process
     finally:
         if process.returncode is None:
-            process.kill()
+            process.terminate()
             await process.communicate()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.processes import environment as own_environment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> Run:
         told = {name: value for name, value in (environment | changes).items() if value is not None}
         return subprocess.run(
             [sys.executable, "-m", "orders", *arguments],
-            env={"PATH": os.environ["PATH"], **told},
+            env=own_environment(**told),
             capture_output=True,
             text=True,
             timeout=30,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 
 from payments.migrations import MIGRATIONS
 from payments.settings import Settings
+from tests.processes import environment as own_environment
 from ztmtls.database import NoDatabase
 from ztmtls.lifecycle import StartupTimeout, wait_for
 from ztmtls.migrations import DatabaseHealth
@@ -51,7 +51,7 @@ def run(environment: dict[str, str]) -> Run:
         told = {name: value for name, value in (environment | changes).items() if value is not None}
         return subprocess.run(
             [sys.executable, "-m", "payments", *arguments],
-            env={"PATH": os.environ["PATH"], **told},
+            env=own_environment(**told),
             capture_output=True,
             text=True,
             timeout=30,

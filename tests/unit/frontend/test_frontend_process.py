@@ -16,6 +16,7 @@ import httpx
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 
+from tests.processes import environment
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.server import serve
@@ -102,16 +103,15 @@ async def test_the_life_of_the_process() -> None:
             sys.executable,
             "-m",
             "frontend",
-            env={
-                "PATH": os.environ["PATH"],
-                "SPIFFE_ENDPOINT_SOCKET": workload.endpoint,
-                "SPIFFE_ID": PREFIX + "frontend",
-                "PORT": str(port),
-                "PROBE_PORT": str(probes),
-                "MODE": "local",
-                "ORDERS_URL": f"https://127.0.0.1:{orders}",
-                "ORDERS_SPIFFE_ID": PREFIX + "orders",
-            },
+            env=environment(
+                SPIFFE_ENDPOINT_SOCKET=workload.endpoint,
+                SPIFFE_ID=PREFIX + "frontend",
+                PORT=str(port),
+                PROBE_PORT=str(probes),
+                MODE="local",
+                ORDERS_URL=f"https://127.0.0.1:{orders}",
+                ORDERS_SPIFFE_ID=PREFIX + "orders",
+            ),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
