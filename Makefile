@@ -91,11 +91,14 @@ coverage: setup ## Run every test; lines and branches of ztmtls must be covered 
 	@.venv/bin/coverage combine --quiet
 	@exec .venv/bin/coverage report
 
-# Verdicts are kept in libs/ztmtls/mutants: a second run asks again only about what changed.
+# Verdicts are kept in build/mutation: a second run asks again only about what changed.
 .PHONY: mutation
 mutation: setup ## Change verify, authz and ids in every small way, and list what no test noticed (20 minutes)
 	@$(UV) sync --frozen --quiet --inexact --group mutation
-	@cd libs/ztmtls && ../../.venv/bin/mutmut run --max-children 2 $(ARGS) && ../../.venv/bin/mutmut results
+	@mkdir -p build/mutation; rm -rf build/mutation/src build/mutation/tests; mkdir build/mutation/tests
+	@cp -r libs/ztmtls/src build/mutation; cp libs/ztmtls/mutation.toml build/mutation/pyproject.toml
+	@cp tests/unit/test_ids.py tests/unit/test_authz.py tests/unit/test_verify.py build/mutation/tests
+	@cd build/mutation && ../../.venv/bin/mutmut run --max-children 2 $(ARGS) && ../../.venv/bin/mutmut results
 
 .PHONY: soak
 soak: setup ## 10,000 rotations and 100,000 connections: do memory and descriptors stay flat? (half an hour)
@@ -122,7 +125,7 @@ docs: setup ## Build the API reference of ztmtls into build/docs; a warning fail
 .PHONY: clean
 clean: ## Stop the stack; remove its data (.zt), the environment and caches
 	@if [ -x .venv/bin/ztdev ]; then .venv/bin/ztdev down --if-running; fi
-	@rm -rf .venv .zt .tools build libs/ztmtls/mutants .pytest_cache .mypy_cache .ruff_cache .coverage
+	@rm -rf .venv .zt .tools build .pytest_cache .mypy_cache .ruff_cache .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .tools/uv/bin/uv:
