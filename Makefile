@@ -97,7 +97,8 @@ mutation: setup ## Change verify, authz and ids in every small way, and list wha
 	@$(UV) sync --frozen --quiet --inexact --group mutation
 	@mkdir -p build/mutation; rm -rf build/mutation/src build/mutation/tests; mkdir build/mutation/tests
 	@cp -r libs/ztmtls/src build/mutation; cp libs/ztmtls/mutation.toml build/mutation/pyproject.toml
-	@cp tests/unit/test_ids.py tests/unit/test_authz.py tests/unit/test_verify.py build/mutation/tests
+	@cp tests/unit/test_ids.py tests/unit/test_authz.py tests/unit/test_verify.py tests/abuse/test_policies.py \
+	  build/mutation/tests
 	@cd build/mutation && ../../.venv/bin/mutmut run --max-children 2 $(ARGS) && ../../.venv/bin/mutmut results
 
 .PHONY: soak

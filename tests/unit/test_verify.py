@@ -681,6 +681,13 @@ def test_verifying_again_gives_the_same_answer(ca: CertificateAuthority) -> None
     assert verify_peer(chain, bundles(ca), NOON) == first
 
 
+def test_svid_ends_with_the_second_that_it_names(ca: CertificateAuthority) -> None:
+    svid = ca.issue(WORKLOAD, not_after=NOON)
+    accepted(svid, bundles(ca), NOON - SECOND)
+
+    refused(svid, bundles(ca), Reason.EXPIRED, NOON)
+
+
 # -- What nobody can read -------------------------------------------------------------------------------
 
 
