@@ -228,7 +228,11 @@ class _Connector(aiohttp.TCPConnector):
     async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
         protocol = await super()._create_connection(*args, **kwargs)
         if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
-            await asyncio.sleep(0)
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                protocol.close()  # nobody else knows of it yet
+                raise
         return protocol
 
 
