@@ -206,8 +206,11 @@ async def test_hundreds_of_connections_at_once(served: Served, caller: StaticSou
         await until(lambda: served.connections <= 1, DEADLINE)
 
 
-async def test_headers_too_large_are_refused(server_source: StaticSource, caller: StaticSource) -> None:
-    async with serving(server_source, http="h11") as served, rightful_caller(served, caller):
+@BOTH_PARSERS
+async def test_headers_too_large_are_refused(
+    server_source: StaticSource, caller: StaticSource, http: HttpParser
+) -> None:
+    async with serving(server_source, http=http) as served, rightful_caller(served, caller):
         raw = await connect(served, caller)
         raw[1].write(b"GET /thing HTTP/1.1\r\nhost: x\r\n")
         sent = 0
@@ -219,6 +222,18 @@ async def test_headers_too_large_are_refused(server_source: StaticSource, caller
                 await asyncio.sleep(0)
         raw[1].transport.abort()
     assert sent < 1 << 20
+
+
+@BOTH_PARSERS
+async def test_one_endless_header_is_refused(
+    server_source: StaticSource, caller: StaticSource, http: HttpParser
+) -> None:
+    async with serving(server_source, http=http) as served, rightful_caller(served, caller):
+        raw = await connect(served, caller)
+        raw[1].write(b"GET /thing HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 10_000 + b"\r\n\r\n")
+        assert (await answer(raw))[0] == 200
+        raw[1].write(b"GET /thing HTTP/1.1\r\nhost: x\r\nx: ")
+        assert await closed_after(raw, sending=b"a" * 16384, pause=0) < 10
 
 
 @BOTH_PARSERS

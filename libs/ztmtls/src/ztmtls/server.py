@@ -39,6 +39,8 @@ HttpParser = Literal["auto", "h11", "httptools"]
 Loop = Literal["auto", "asyncio", "uvloop"]
 
 _POLICY_POLL = 1.0
+# Bytes of a request line with its headers, where they don't come at once.
+_MAX_HEAD = 64 << 10
 _LIVE_LIMITS = LiveLimits()
 
 
@@ -99,6 +101,8 @@ async def serve(
     )
     config.load()
     config.http_protocol_class = _watched(config.http_protocol_class, live)
+    if hasattr(config.http_protocol_class, "on_headers_complete"):  # httptools; h11 has a limit of its own
+        config.http_protocol_class = _limited_head(config.http_protocol_class)
     if config.ws_protocol_class is not None:
         config.ws_protocol_class = _watched(config.ws_protocol_class, live)
     if probes is not None:
@@ -204,6 +208,34 @@ def _watched(base: Any, live: LiveConnections) -> Any:
     return Watched
 
 
+def _limited_head(base: Any) -> Any:
+    """uvicorn's httptools protocol, which ends a connection whose headers have no end."""
+
+    class LimitedHead(base):  # type: ignore[misc]
+        begun = 0
+        in_head = False
+        head = 0
+
+        def on_message_begin(self) -> None:
+            self.begun, self.in_head, self.head = self.begun + 1, True, 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            super().on_headers_complete()
+
+        def data_received(self, data: bytes) -> None:
+            message = self.begun if self.in_head else 0
+            super().data_received(data)
+            # What holds a beginning or an end may hold other messages, too, and is not counted.
+            if self.in_head and message == self.begun:
+                self.head += len(data)
+                if self.head > _MAX_HEAD and not self.transport.is_closing():
+                    self.send_400_response("The request's headers are too large.")
+
+    return LimitedHead
+
+
 async def _run_server(
     config: uvicorn.Config,
     sock: socket.socket,
@@ -231,4 +263,5 @@ async def _run_server(
 async def _reload(policy: Policy | PolicyFile) -> None:
     while isinstance(policy, PolicyFile):
         await asyncio.sleep(_POLICY_POLL)
-        policy.reload_if_changed()
+        # A large policy takes a second or two to read, which requests need not wait for.
+        await asyncio.to_thread(policy.reload_if_changed)
