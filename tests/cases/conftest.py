@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
 
-from tests.mtls.conftest import SERVER, ca, caller, free_port, served, server_source
+from tests.conformance.peers import HOST, plain_context
+from tests.mtls.conftest import CALLER, SERVER, ca, caller, free_port, served, server_source
 from ztmtls.source import X509Source
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
 
@@ -120,3 +123,13 @@ async def _read(process: asyncio.subprocess.Process, log: bytearray) -> None:
     assert process.stderr is not None
     while chunk := await process.stderr.read(65536):
         log += chunk
+
+
+async def leaf_of(running: Service, ca: CertificateAuthority) -> x509.Certificate:
+    """What it presents on a new connection."""
+    context = plain_context(ssl.PROTOCOL_TLS_CLIENT, ca.issue(CALLER), ca.bundle)
+    _, writer = await asyncio.open_connection(HOST, running.port, ssl=context)
+    try:
+        return x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(True))
+    finally:
+        writer.transport.abort()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.conformance.clauses import BOTH
@@ -28,12 +29,12 @@ from ztmtls.client import AsyncClient, Client, hop
 from ztmtls.reasons import Reason
 from ztmtls.server import _loop_factory
 from ztmtls.source import StaticSource
-from ztmtls.svid import X509Bundle, X509Svid
+from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority, WorkloadApi
 from ztmtls.testing.harness import anyone, dial
 from ztmtls.tls import RotatingContext, client_context, connection_of, server_context
 
-from .conftest import identity, service
+from .conftest import identity, leaf_of, service
 from .test_whose_identity import REPOSITORY, keywords
 
 # --- trust that is renewed ----------------------------------------------------------------------------
@@ -97,19 +98,18 @@ async def test_intermediates_are_sent_by_both_sides_and_may_rotate(partial_chain
 
     def stock(side: ssl._SSLMethod) -> ssl.SSLContext:
         context = plain_context(side, ca.issue(PEER), ca.bundle)
-        if not partial_chain:
-            context.verify_flags &= ~ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-        else:
+        context.verify_flags &= ~ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+        if partial_chain:
             context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
         return context
 
     accepted = asyncio.Event()
-    stock_server = await asyncio.start_server(
-        lambda _, writer: (accepted.set(), writer.transport.abort()),  # type: ignore[func-returns-value]
-        HOST,
-        0,
-        ssl=stock(ssl.PROTOCOL_TLS_SERVER),
-    )
+
+    def take(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set()
+        writer.transport.abort()
+
+    stock_server = await asyncio.start_server(take, HOST, 0, ssl=stock(ssl.PROTOCOL_TLS_SERVER))
     async with stock_server:
         await dial(caller, f"{HOST}:{stock_server.sockets[0].getsockname()[1]}")
         async with asyncio.timeout(5):
@@ -199,25 +199,16 @@ async def test_process_that_is_killed_while_it_rotates_leaves_no_key(
     workload = await api.add_workload("server", SERVER, ca=ca)
     async with service(workload.endpoint, workload=workload, TMPDIR=str(tmp_path)) as running:
         await running.answers("/readyz", 200, 30)
-        served: set[bytes] = set()
+        served: set[x509.Certificate] = set()
         async with asyncio.timeout(30):
             while len(served) < 20:
                 workload.rotate()
-                served.add(await certificate_of(running.port, ca))
+                served.add(await leaf_of(running, ca))
         workload.rotate()
         running.process.send_signal(signal.SIGKILL)
         await running.ended()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert "PRIVATE KEY" not in running.said
-
-
-async def certificate_of(port: int, ca: CertificateAuthority) -> bytes:
-    context = plain_context(ssl.PROTOCOL_TLS_CLIENT, ca.issue(CALLER), ca.bundle)
-    _, writer = await asyncio.open_connection(HOST, port, ssl=context)
-    try:
-        return bytes(writer.get_extra_info("ssl_object").getpeercert(True))
-    finally:
-        writer.transport.abort()
 
 
 # --- contexts -----------------------------------------------------------------------------------------
@@ -236,7 +227,7 @@ def test_rotation_amid_handshakes_breaks_none_and_mixes_no_updates(loop: Any) ->
             ca = CertificateAuthority(DOMAIN)
             friend = [CertificateAuthority("friend.example") for _ in range(3)]
             async with identity(api, ca, "both", SERVER) as (workload, source):
-                sent: dict[str, X509Bundle] = {}
+                sent: dict[str, set[bytes]] = {}
                 server = await asyncio.start_server(
                     lambda _, writer: writer.close(), HOST, 0, ssl=server_context(source)
                 )
@@ -253,10 +244,8 @@ def test_rotation_amid_handshakes_breaks_none_and_mixes_no_updates(loop: Any) ->
                         tls = writer.get_extra_info("ssl_object")
                         serial = connection_of(tls).own.serial
                         writer.transport.abort()
-                        trusted = set(tls.context.get_ca_certs(binary_form=True))
                         if serial in sent:  # not the very first one
-                            mine = X509Bundle(friend[0].trust_domain, sent[serial].authorities)
-                            assert trusted == {each.public_bytes(Encoding.DER) for each in mine.authorities}
+                            assert set(tls.context.get_ca_certs(binary_form=True)) == sent[serial]
                             done += 1
 
                 async with server, asyncio.TaskGroup() as group:
@@ -265,9 +254,10 @@ def test_rotation_amid_handshakes_breaks_none_and_mixes_no_updates(loop: Any) ->
                     for turn in range(100):
                         svid = ca.issue(SERVER)
                         other = friend[turn % len(friend)].bundle
-                        sent[svid.serial] = X509Bundle(
-                            ca.trust_domain, ca.bundle.authorities + other.authorities
-                        )
+                        sent[svid.serial] = {
+                            authority.public_bytes(Encoding.DER)
+                            for authority in ca.bundle.authorities + other.authorities
+                        }
                         workload.push(svid, federated={str(other.trust_domain.id): other.der()})
                         await asyncio.sleep(0.05)  # the pace of the updates, not a wait
                     stop = True

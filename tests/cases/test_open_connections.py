@@ -11,7 +11,6 @@ import time
 
 import httpx
 import pytest
-from cryptography import x509
 
 from tests.conformance.peers import plain_context
 from tests.mtls.conftest import CALLER, DOMAIN, SERVER, Served, serving, until
@@ -26,7 +25,7 @@ from ztmtls.svid import X509Svid
 from ztmtls.testing import CertificateAuthority, WorkloadApi
 from ztmtls.testing.ca import with_other_key
 
-from .conftest import Service, identity, service
+from .conftest import identity, leaf_of, service
 
 # --- connections that go on ---------------------------------------------------------------------------
 
@@ -262,13 +261,3 @@ async def test_server_presents_each_new_svid_and_keeps_the_old_one_when_an_updat
         assert await running.ended(5) == 0
     assert "Task was destroyed" not in running.said
     assert "Traceback" not in running.said
-
-
-async def leaf_of(running: Service, ca: CertificateAuthority) -> x509.Certificate:
-    """What it presents on a new connection."""
-    context = plain_context(ssl.PROTOCOL_TLS_CLIENT, ca.issue(CALLER), ca.bundle)
-    _, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=context)
-    try:
-        return x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(True))
-    finally:
-        writer.transport.abort()

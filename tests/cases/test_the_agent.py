@@ -59,7 +59,7 @@ def _no_svids(workload: Workload) -> None:
     workload.push_raw(response)
 
 
-ENDINGS: dict[str, Callable[[Workload], None]] = {
+ENDINGS: dict[str, Callable[[Workload], object]] = {
     "ended with OK": lambda w: w.end(grpc.StatusCode.OK),
     "ended with CANCELLED": lambda w: w.end(grpc.StatusCode.CANCELLED),
     "ended with INVALID_ARGUMENT": lambda w: w.end(grpc.StatusCode.INVALID_ARGUMENT),

@@ -103,7 +103,7 @@ async def test_request_that_came_without_tls_is_refused(
     seen: list[dict[str, Any]] = []
     guarded = Guard(make_app(seen), source=server_source, policy=POLICY, audit=AuditLog("x", io.StringIO()))
     sock = bind("127.0.0.1", 0, "PORT")
-    server = uvicorn.Server(uvicorn.Config(guarded, log_config=None, interface="asgi3"))  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(guarded, log_config=None, interface="asgi3"))
     running = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         await until(lambda: server.started)
@@ -250,7 +250,9 @@ BASE = CALLER.removesuffix("/caller")
         (Reason.LEAF_IS_CA, {"is_ca": True}),
         (Reason.LEAF_CAN_SIGN_CERTIFICATES, {"key_usage": LEAF_USAGE | {"key_cert_sign"}}),
     ],
-    ids=lambda value: str(value) if isinstance(value, Reason) else str(next(iter(value.values()))),
+    ids=lambda value: (
+        str(value) if isinstance(value, Reason) else str(value.get("uris") or next(iter(value)))
+    ),
 )
 async def test_spiffe_id_is_not_read_from_text(
     served: Any, caller: StaticSource, ca: CertificateAuthority, reason: Reason, shape: dict[str, Any]

@@ -17,18 +17,25 @@ from ztmtls.source import SourceState, X509Source
 from .spire import BINARIES, Spire
 
 
-@pytest.fixture(scope="session")
-def spire_processes() -> Iterator[Spire]:
-    """SPIRE server and agent, running."""
+@contextlib.contextmanager
+def running(**options: Any) -> Iterator[Spire]:
+    """A SPIRE server and agent of their own."""
     if not (BINARIES / ".built").exists():
         pytest.fail("SPIRE is not built: run `make spire`", pytrace=False)
     with tempfile.TemporaryDirectory(prefix="spire-") as folder:
-        spire = Spire(Path(folder))
+        spire = Spire(Path(folder), **options)
         try:
-            asyncio.run(spire.start())
             yield spire
         finally:
             spire.close()
+
+
+@pytest.fixture(scope="session")
+def spire_processes() -> Iterator[Spire]:
+    """SPIRE server and agent, running."""
+    with running() as spire:
+        asyncio.run(spire.start())
+        yield spire
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -16,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from tests.mtls.conftest import free_port
+from ztmtls.testing import Authority
 
 BINARIES = Path(__file__).resolve().parents[2] / ".tools" / "spire"
 TRUST_DOMAIN = "zt.example"
@@ -31,8 +36,8 @@ server {{
     socket_path = "{folder}/server.sock"
     data_dir = "{folder}/server"
     log_level = "DEBUG"
-    ca_ttl = "24h"
-    agent_ttl = "1h"
+    ca_ttl = "{ca_ttl}"
+    agent_ttl = "{agent_ttl}"
     default_x509_svid_ttl = "1m"
     experimental {{ cache_reload_interval = "1s" }}
 }}
@@ -42,8 +47,13 @@ plugins {{
     }}
     KeyManager "disk" {{ plugin_data {{ keys_path = "{folder}/server/keys.json" }} }}
     NodeAttestor "join_token" {{ plugin_data {{}} }}
+    {upstream}
 }}
 """
+
+UPSTREAM = """UpstreamAuthority "disk" {{
+        plugin_data {{ cert_file_path = "{folder}/root.pem", key_file_path = "{folder}/root.key" }}
+    }}"""
 
 AGENT_CONFIG = """
 agent {{
@@ -78,10 +88,18 @@ class Authorities:
 
 
 class Spire:
-    """One trust domain with one node. `folder` must be short: it holds the Unix sockets."""
+    """One trust domain with one node. `folder` must be short: it holds the Unix sockets.
 
-    def __init__(self, folder: Path) -> None:
+    With `root` the server's authorities are intermediates below it. `ca_ttl` and `agent_ttl` are the lives of
+    an authority and of the agent's own SVID, as Go writes durations.
+    """
+
+    def __init__(
+        self, folder: Path, *, root: Authority | None = None, ca_ttl: str = "24h", agent_ttl: str = "1h"
+    ) -> None:
         self.folder = folder
+        self._root = root
+        self._ttls = {"ca_ttl": ca_ttl, "agent_ttl": agent_ttl}
         self.endpoint = f"unix:{folder}/agent.sock"
         self._server: subprocess.Popen[bytes] | None = None
         self._agent: subprocess.Popen[bytes] | None = None
@@ -90,14 +108,39 @@ class Spire:
         """Start the server, then the agent with a join token."""
         for name in ("server", "agent"):
             (self.folder / name).mkdir()
-        settings = {"folder": self.folder, "domain": TRUST_DOMAIN, "port": free_port()}
-        (self.folder / "server.conf").write_text(SERVER_CONFIG.format(**settings))
+        settings = {"folder": self.folder, "domain": TRUST_DOMAIN, "port": free_port(), **self._ttls}
+        upstream = UPSTREAM.format(folder=self.folder) if self._root else ""
+        if self._root is not None:
+            (self.folder / "root.pem").write_bytes(self._root.certificate.public_bytes(Encoding.PEM))
+            (self.folder / "root.key").write_bytes(
+                self._root.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            )
+        (self.folder / "server.conf").write_text(SERVER_CONFIG.format(upstream=upstream, **settings))
         (self.folder / "agent.conf").write_text(AGENT_CONFIG.format(**settings))
         await self.start_server()
+        await self.join()
+
+    async def join(self) -> None:
+        """Start the agent with a new join token and the present bundle, whatever it was before."""
+        shutil.rmtree(self.folder / "agent")
+        (self.folder / "agent").mkdir()
         bundle = await self._run("server", "bundle", "show", "-format", "pem")
         (self.folder / "bundle.pem").write_text(bundle)
         token = await self._ask("token", "generate", "-spiffeID", NODE)
         await self.start_agent("-joinToken", token["value"])
+
+    def freeze(self) -> None:
+        """Stop both processes where they are, as a machine that falls asleep does."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let both go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in (self._server, self._agent):
+            if process is not None:
+                process.send_signal(number)
 
     async def start_server(self) -> None:
         """Start the server, with the data that it has."""
@@ -117,8 +160,13 @@ class Spire:
         """Stop the agent and wait for its end."""
         await asyncio.to_thread(_terminate, self._agent)
 
+    async def fetch(self) -> str:
+        """What `spire-agent api fetch x509`, a program of this user, gets. Raises `SpireError`."""
+        return await self._run("agent", "api", "fetch", "x509")
+
     def close(self) -> None:
         """Stop both."""
+        self.thaw()
         _terminate(self._agent)
         _terminate(self._server)
 
