@@ -198,7 +198,7 @@ async def test_process_that_is_killed_while_it_rotates_leaves_no_key(
     """A crash between writing a key file and removing it left the key for whoever came next."""
     workload = await api.add_workload("server", SERVER, ca=ca)
     async with service(workload.endpoint, workload=workload, TMPDIR=str(tmp_path)) as running:
-        await running.answers("/readyz", 200, 30)
+        await running.answers("/readyz", 200)
         served: set[x509.Certificate] = set()
         async with asyncio.timeout(30):
             while len(served) < 20:
@@ -251,7 +251,7 @@ def test_rotation_amid_handshakes_breaks_none_and_mixes_no_updates(loop: Any) ->
                 async with server, asyncio.TaskGroup() as group:
                     for _ in range(12):
                         group.create_task(connect())
-                    for turn in range(100):
+                    for turn in range(60):
                         svid = ca.issue(SERVER)
                         other = friend[turn % len(friend)].bundle
                         sent[svid.serial] = {
@@ -262,7 +262,7 @@ def test_rotation_amid_handshakes_breaks_none_and_mixes_no_updates(loop: Any) ->
                         await asyncio.sleep(0.05)  # the pace of the updates, not a wait
                     stop = True
                 assert done > 200
-                assert source.context.generation > 50
+                assert source.context.generation > 30
 
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         runner.run(main())

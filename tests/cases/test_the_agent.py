@@ -228,7 +228,7 @@ async def test_start_that_gets_no_identity_is_alive_and_not_ready_and_ends_in_ti
     async def start(workload: Workload, state: str, cause: str, registered: bool = True) -> None:
         allowed = workload if registered else None
         async with service(workload.endpoint, startup_timeout=6, workload=allowed) as running:
-            await running.answers("/livez", 200, 30)
+            await running.answers("/livez", 200)
             async with asyncio.timeout(15):
                 while not (await fault(running)).startswith(state):
                     await asyncio.sleep(0.05)
@@ -264,13 +264,13 @@ async def test_entry_that_comes_after_the_start_is_waited_for(
         assert workload.endpoint in said[0]
 
         workload.allow(pid=running.process.pid)
-        await running.answers("/readyz", 200, 10)
+        await running.answers("/readyz", 200, RECOVERY)
         assert await running.listens()
 
         workload.redact()
-        await running.answers("/readyz", 503, 10)
+        await running.answers("/readyz", 503, RECOVERY)
         workload.restore()
-        await running.answers("/readyz", 200, 10)
+        await running.answers("/readyz", 200, RECOVERY)
         assert running.process.returncode is None
 
 
