@@ -389,6 +389,81 @@ async def test_connection_without_a_request_is_closed(
         assert await closed_after(raw) < 5
 
 
+@BOTH_PARSERS
+async def test_body_that_stops_coming_is_not_waited_for(
+    server_source: StaticSource, caller: StaticSource, http: HttpParser
+) -> None:
+    async with serving(server_source, http=http, live_limits=LiveLimits(idle=0.5)) as served:
+        raw = await connect(served, caller)
+        raw[1].write(b"POST /thing HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n12345")
+        assert await closed_after(raw) < 5
+        assert served.seen == []
+
+
+@BOTH_PARSERS
+async def test_answer_that_nobody_reads_is_given_up(
+    server_source: StaticSource, caller: StaticSource, http: HttpParser
+) -> None:
+    app = FastAPI()
+    gone = asyncio.Event()
+
+    @app.get("/thing")
+    async def flood() -> StreamingResponse:
+        async def much() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"x" * 65536
+                    await asyncio.sleep(0)
+            finally:
+                gone.set()
+
+        return StreamingResponse(much())
+
+    limits = LiveLimits(idle=0.5)
+    async with serving(server_source, app=app, http=http, live_limits=limits) as served:
+        reader, writer = await connect(served, caller)
+        writer.write(b"GET /thing HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        async with asyncio.timeout(15):
+            await gone.wait()
+        await until(lambda: served.connections == 0)
+        writer.transport.abort()
+
+
+async def test_application_that_takes_its_time_is_not_its_callers_fault(
+    server_source: StaticSource, caller: StaticSource
+) -> None:
+    slow = SlowApp()
+    async with serving(server_source, app=slow.app, live_limits=LiveLimits(idle=0.2)) as served:
+        raw = await connect(served, caller)
+        answer = asyncio.create_task(ask(raw))
+        await slow.arrived.wait()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(answer), 2.5)
+        slow.go.set()
+        assert (await answer)[0] == 200
+        raw[1].close()
+
+
+async def test_silent_websocket_is_no_idle_connection(
+    server_source: StaticSource, caller: StaticSource
+) -> None:
+    app = FastAPI()
+
+    @app.websocket("/watch")
+    async def echo(ws: WebSocket) -> None:
+        await ws.accept()
+        await ws.send_text(await ws.receive_text())
+
+    async with serving(server_source, app=app, live_limits=LiveLimits(idle=0.2)) as served:
+        address = f"wss://127.0.0.1:{served.port}/watch"
+        async with websockets.connect(address, ssl=client_context(caller, lambda peer: None)) as ws:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ws.recv(), 2.5)
+            await ws.send("hello")
+            assert await ws.recv() == "hello"
+
+
 async def test_open_connections_are_counted_by_generation(
     server_source: StaticSource, caller: StaticSource, ca: CertificateAuthority
 ) -> None:

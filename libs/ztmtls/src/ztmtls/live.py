@@ -17,11 +17,11 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from .audit import AuditLog
 from .guard import ASGIApp, Guard, Message, Receive, Scope, Send
@@ -33,6 +33,8 @@ from .tls import Connection
 from .verify import PeerRefused, VerifiedPeer, verify_peer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Validity is looked at this often; a change of bundles at once.
 _LOOK_SECONDS = 1.0
@@ -49,7 +51,8 @@ class LiveLimits:
     A connection is closed at a random moment within `splay` seconds after it was found to be no longer
     acceptable, and not more than `per_second` connections are closed in a second, so that thousands of
     peers don't come back at once. A request that began less than `grace` seconds ago is let finish.
-    A connection without a request for `idle` seconds is closed, whoever the peer is.
+    A connection without a request for `idle` seconds is closed, whoever the peer is, as is one whose peer
+    sends no more of a body, or takes no more of an answer, for that long.
     """
 
     splay: float = 2.0
@@ -70,10 +73,25 @@ class _InFlight:
     send: Send
     began: float = field(default_factory=time.monotonic)
     ended_by_us: bool = False
+    body_missing: bool = True
+    waiting_since: list[float] = field(default_factory=list)  # for the peer, to send or to take something
 
     @property
     def websocket(self) -> bool:
         return bool(self.scope["type"] == "websocket")
+
+    def waited(self) -> float:
+        """Seconds that we have been waiting for the peer."""
+        return time.monotonic() - min(self.waiting_since) if self.waiting_since else 0.0
+
+    async def wait_for_peer(self, step: Awaitable[T]) -> T:
+        """Await `step`, which takes as long as the peer wants."""
+        began = time.monotonic()
+        self.waiting_since.append(began)
+        try:
+            return await step
+        finally:
+            self.waiting_since.remove(began)
 
     async def end(self, reason: str) -> None:
         """Close a WebSocket as RFC 6455 section 7.4.1 has it: 1008, policy violation."""
@@ -99,8 +117,22 @@ class LiveConnection:
         set_request_identity(scope, self._identity)
         request = _InFlight(scope, send)
         self.in_flight.add(request)
+
+        async def receiving() -> Message:
+            # A WebSocket may be silent, and who has sent his whole request is not waited for.
+            if request.websocket or not request.body_missing:
+                return await receive()
+            message = await request.wait_for_peer(receive())
+            request.body_missing = message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if request.ended_by_us:
+                raise ConnectionResetError("the WebSocket was closed: its peer is no longer acceptable")
+            await request.wait_for_peer(send(message))
+
         try:
-            await self._app(scope, receive, self._until_ended(request) if request.websocket else send)
+            await self._app(scope, receiving, sending)
         except Exception:
             if not request.ended_by_us:  # else it is what applications do when their client is gone
                 raise
@@ -108,14 +140,11 @@ class LiveConnection:
             self.in_flight.discard(request)
             self.idle_since = time.monotonic()
 
-    @staticmethod
-    def _until_ended(request: _InFlight) -> Send:
-        async def send(message: Message) -> None:
-            if request.ended_by_us:
-                raise ConnectionResetError("the WebSocket was closed: its peer is no longer acceptable")
-            await request.send(message)
-
-        return send
+    def waited(self) -> float:
+        """Seconds that nothing has come from the peer that we wait for: a request, a body, room to send."""
+        if self.in_flight:
+            return max(request.waited() for request in self.in_flight)
+        return time.monotonic() - self.idle_since
 
     def finish(self) -> None:
         """Close when the response in flight has been sent; at once when there is none."""
@@ -211,7 +240,7 @@ class LiveConnections:
 
     def _look_at(self, live: LiveConnection, changed: bool) -> None:
         connection, now = live.connection, datetime.now(UTC)
-        if not live.in_flight and time.monotonic() - live.idle_since > self._limits.idle:
+        if live.waited() > self._limits.idle:
             self._close(live)
         elif connection is None:
             pass  # the guard refuses whatever is asked on it
