@@ -25,12 +25,16 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
     """Listen on ``host:port``, or raise `PortInUse` naming `setting`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        sock = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         what = "is in use" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
         raise PortInUse(
             f"{setting}: {host}:{port} {what}; choose another or stop what listens there"
         ) from None
+    # asyncio does this for sockets that say they are TCP, which those of `socket.create_server` don't: their
+    # answers, head and body in two writes, then wait 40 ms for an acknowledgement. Accepted ones inherit it.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 class Server(uvicorn.Server):

@@ -254,9 +254,6 @@ async def _run_server(
         if probes is not None:
             probes.draining = True
 
-    # asyncio does this for sockets that say they are TCP, which those of `socket.create_server` don't: their
-    # answers, head and body in two writes, then wait 40 ms for an acknowledgement. Accepted ones inherit it.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     await serve_until_stopped(config, sock, drain=drain, on_serving=serving, on_draining=draining)
 
 

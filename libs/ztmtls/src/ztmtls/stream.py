@@ -41,6 +41,7 @@ _FUTILE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 # A denial must hold this long before what we have is dropped: entries flap for a moment when a server
 # restarts. Dropping must happen (Workload API sections 5.2.1 and 6.2.2), and well within 5 s.
 DENIAL_GRACE = 2.0
+_DENIAL_GRACE_STEP = 0.5
 _DENIAL_MEMORY = 3 * _LONGEST_DELAY
 # How often a quiet stream is looked at, in seconds: the wall clock may jump when a machine wakes up.
 _LOOK = 1.0
@@ -338,7 +339,8 @@ class SupervisedStream(Announcer, ABC):
             self._denied = True
             self._notify()
         if not self._denied:
-            return min(self._backoff(opened), max(DENIAL_GRACE - held, 0.05))
+            # Asked often until it is decided: two denials alone, far apart, would say little.
+            return min(self._backoff(opened), max(min(DENIAL_GRACE - held, _DENIAL_GRACE_STEP), 0.05))
         return self._backoff(opened)
 
     def _backoff(self, opened: float) -> float:
