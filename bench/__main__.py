@@ -29,7 +29,7 @@ def _measures(scale: float) -> dict[str, Measure]:
         "handshakes": lambda r, say: measures.full_handshakes(r, say, some(15, 3), some(100, 10)),
         "stall": lambda r, say: measures.stall_per_rotation(r, say, some(100, 5)),
         "rotation": lambda r, say: measures.rotation_under_load(r, say, some(100, 5), some(20)),
-        "closing": lambda r, say: measures.closing_detrusted(r, say, some(1000, 20)),
+        "closing": lambda r, say: measures.closing_detrusted(r, say, some(1000, 20), some(7)),
     }
 
 

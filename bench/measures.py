@@ -200,10 +200,31 @@ async def stall_per_rotation(rig: Rig, say: Say, rotations: int) -> dict[str, An
     }
 
 
-async def closing_detrusted(rig: Rig, say: Say, number: int) -> dict[str, Any]:
+async def closing_detrusted(rig: Rig, say: Say, number: int, rounds: int) -> dict[str, Any]:
     """`number` connections of a trust domain that is withdrawn: how long until all are closed, and how many
-    new connections others make meanwhile, against the time before."""
-    say(f"closing {number} connections: opening them")
+    new connections others make meanwhile, against the seconds before and after. Medians of some rounds."""
+    context = client_context(rig.source, exact(SERVER))
+    took, usual, meanwhile, ratios = [], [], [], []
+    for turn in range(1, rounds + 1):
+        say(f"closing {number} connections: round {turn} of {rounds}")
+        seconds, quiet, busy = await _close_once(rig, context, number)
+        took.append(seconds)
+        usual.append(quiet)
+        meanwhile.append(busy)
+        ratios.append(busy / quiet)
+    return {
+        "connections": number,
+        "seconds_until_all_closed": {"median": round(median(took), 2), "longest": round(max(took), 2)},
+        "accepts_per_second": {
+            "usual": round(median(usual), 1),
+            "meanwhile": round(median(meanwhile), 1),
+        },
+        "ratio": {"median": round(median(ratios), 3), "each": [round(ratio, 2) for ratio in ratios]},
+    }
+
+
+async def _close_once(rig: Rig, context: ssl.SSLContext, number: int) -> tuple[float, float, float]:
+    """Seconds until all are closed; connections per second that others make usually, and meanwhile."""
     holder = await start(
         "bench.holder",
         rig.friend,
@@ -214,31 +235,23 @@ async def closing_detrusted(rig: Rig, say: Say, number: int) -> dict[str, Any]:
         stdout=asyncio.subprocess.PIPE,
     )
     assert holder.stdout is not None
-    context = client_context(rig.source, exact(SERVER))
     try:
         async with asyncio.timeout(120):
             assert (await holder.stdout.readline()).startswith(b"open")
-        say(f"closing {number} connections: accept rate before")
-        before = await _accept_rate(rig, context, _after(5.0))
+        before = await _accept_rate(rig, context, _after(3.0))
         closed = asyncio.create_task(holder.stdout.readline())
         began = time.perf_counter()
         rig.server.set_federation()
         during = await _accept_rate(rig, context, closed)
         took = time.perf_counter() - began
-        said = (await closed).decode().split()
-        after = await _accept_rate(rig, context, _after(5.0))
+        after = await _accept_rate(rig, context, _after(3.0))
     finally:
         if holder.returncode is None:
             holder.kill()
         await holder.wait()
         rig.server.set_federation(rig.friend_ca)
-    usual = (before + after) / 2
-    return {
-        "connections": int(said[1]),
-        "seconds_until_all_closed": round(took, 2),
-        "accepts_per_second": {"usual": round(usual, 1), "meanwhile": round(during, 1)},
-        "ratio": round(during / usual, 3),
-    }
+        await _both_follow(rig)
+    return took, (before + after) / 2, during
 
 
 def _after(seconds: float) -> asyncio.Future[Any]:

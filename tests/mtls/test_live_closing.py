@@ -314,11 +314,15 @@ async def test_peer_that_becomes_acceptable_again_is_not_disconnected(
         again = await connect(other, caller)
         assert (await ask(again))[0] == 200
         server_source.set(foreign.context(foreign.issue(SERVER)))
-        await until(lambda: connection_denials(other))
+        assert other.probes is not None
+        live = other.probes._collector.live
+        assert live is not None
+        await until(lambda: all(found.refusal for found in live._all.values()))
         server_source.set(good)
         with pytest.raises(TimeoutError):
             await closed_after(again, 2.5)
         assert (await ask(again))[0] == 200
+        assert not connection_denials(other)
         again[1].close()
     raw[1].close()
 

@@ -19,6 +19,7 @@ from .hop import HopView
 from .reasons import Reason
 
 Decision = Literal["allow", "deny"]
+_encode = json.JSONEncoder(default=str).encode
 
 
 class AuditLog:
@@ -90,7 +91,7 @@ class AuditLog:
                     return
                 if flood.suppressed:
                     line["suppressed"], flood.suppressed = flood.suppressed, 0
-            text = json.dumps(line, default=str) + "\n"
+            text = _encode(line) + "\n"
             stream = self._stream or sys.stdout
             stream.write(text)
             stream.flush()

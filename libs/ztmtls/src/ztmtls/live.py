@@ -55,7 +55,7 @@ class LiveLimits:
     sends no more of a body, or takes no more of an answer, for that long.
     """
 
-    splay: float = 2.0
+    splay: float = 3.0
     per_second: float = 500.0
     grace: float = 10.0
     idle: float = 75.0
@@ -161,7 +161,7 @@ class LiveConnections:
         self._limits = limits
         self._audit = audit
         self._all: dict[asyncio.Transport, LiveConnection] = {}
-        self._verified: dict[object, VerifiedPeer | PeerRefused] = {}
+        self._verified: dict[bytes, VerifiedPeer | PeerRefused] = {}
         self._seen: object = None
         self._changed = asyncio.Event()
         self._due: list[tuple[float, int, LiveConnection, Callable[[LiveConnection], None]]] = []
@@ -250,7 +250,6 @@ class LiveConnections:
             refusal = self._refusal_of(live, now)
             if refusal is not None:
                 live.refusal = refusal
-                self._record(live, connection, refusal)
                 self._plan(live, random.uniform(0, self._limits.splay), self._finish)  # noqa: S311 - no secret
 
     def _refusal_of(self, live: LiveConnection, now: datetime) -> Refusal | None:
@@ -266,23 +265,24 @@ class LiveConnections:
 
     def _verify(self, peer: VerifiedPeer, snapshot: X509Context, now: datetime) -> VerifiedPeer:
         """`verify_peer`, once for all the connections of one certificate."""
-        found = self._verified.get(peer.chain)
+        found = self._verified.get(peer.presented)
         if found is None or (isinstance(found, VerifiedPeer) and now >= found.valid_until):
             try:
                 found = verify_peer(peer.chain, snapshot.bundles, now)
             except PeerRefused as refusal:
                 found = refusal
-            self._verified[peer.chain] = found
+            self._verified[peer.presented] = found
         if isinstance(found, PeerRefused):
             raise PeerRefused(found.reason, found.detail)
         return found
 
-    def _record(self, live: LiveConnection, connection: Connection, refusal: Refusal) -> None:
+    def _record(self, live: LiveConnection, refusal: Refusal) -> None:
+        assert live.connection is not None
         self._audit.record(
             "connection",
             "deny",
             reason=refusal.reason,
-            hop=connection.view(),
+            hop=live.connection.view(),
             detail=refusal.detail,
             in_flight=len(live.in_flight),
         )
@@ -323,9 +323,12 @@ class LiveConnections:
         self._to_do.set()
 
     def _finish(self, live: LiveConnection) -> None:
-        if live.refusal is not None and self._refusal_of(live, datetime.now(UTC)) is None:
-            live.refusal, live.closing = None, False  # acceptable again: the bundle came back
-            return
+        if live.refusal is not None:
+            live.refusal = self._refusal_of(live, datetime.now(UTC))
+            if live.refusal is None:  # acceptable again: the bundle came back
+                live.closing = False
+                return
+            self._record(live, live.refusal)
         requests = list(live.in_flight)
         sockets = [request for request in requests if request.websocket]
         age = min((time.monotonic() - request.began for request in requests), default=self._limits.grace)

@@ -82,7 +82,7 @@ class CalleeSettings(ServiceSettings):
     """What a service reads that others call over mutual TLS."""
 
     close_splay_seconds: Seconds = Field(
-        2, description="connections of peers that are no longer acceptable are closed within this long"
+        3, description="connections of peers that are no longer acceptable are closed within this long"
     )
     close_per_second: Annotated[float, Field(gt=0, le=1e6)] = Field(
         500, description="not more of them than this in a second"

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509 import verification
 
 from .ids import InvalidSpiffeId, SpiffeId, TrustDomain
@@ -56,6 +57,11 @@ class VerifiedPeer:
     valid_until: datetime
     authority: str
     chain: tuple[x509.Certificate, ...] = field(repr=False)
+
+    @cached_property
+    def presented(self) -> bytes:
+        """A digest of the whole `chain`: equal for peers that presented the same certificates."""
+        return b"".join(certificate.fingerprint(hashes.SHA256()) for certificate in self.chain)
 
     @property
     def summary(self) -> IdentitySummary:
