@@ -7,10 +7,15 @@ For a service X there is a database X and
     X_rw          no login   reads and writes rows, through default privileges on what X_owner creates
     X_app         login      the service: member of X_rw, cannot create, alter or drop anything
     X_app_clone   login      its twin, for rotation by alternating users; without a password until then
-    X_rotator     login      (only when asked for) may set the passwords of the two app roles
+    X_rotator     login      (only when asked for) may call rotation.set_password, and nothing else
+    X_passwords   no login   (with it) owns that function; may alter the two app roles
 
 Rights go to the group and never to a login, so that both twins have the same ones (a table made in one
 phase of the rotation is usable in the other). PUBLIC has no right anywhere.
+
+To set another role's password, PostgreSQL asks for CREATEROLE and for ADMIN OPTION on that role. A login
+that has both could also make roles, drop the twins, or grant them to itself. So no login has them: they
+belong to X_passwords, whose function does the one thing that a rotation needs.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ _ROW_RIGHTS = sql.SQL("SELECT, INSERT, UPDATE, DELETE")
 
 _LOGIN = sql.SQL("LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
 _GROUP = sql.SQL("NOLOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
-_ROTATOR = sql.SQL("LOGIN INHERIT NOSUPERUSER NOCREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS")
+_ALTERS = sql.SQL("NOLOGIN INHERIT NOSUPERUSER NOCREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS")
 
 _MEMBER = sql.SQL("WITH ADMIN FALSE, INHERIT TRUE, SET FALSE")
 _ADMIN_ONLY = sql.SQL("WITH ADMIN TRUE, INHERIT FALSE, SET FALSE")
@@ -76,6 +81,10 @@ class ServiceRoles:
     def rotator(self) -> str:
         return f"{self.service}_rotator"
 
+    @property
+    def passwords(self) -> str:
+        return f"{self.service}_passwords"
+
 
 async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles, *, rotator: bool) -> None:
     """Bring roles, memberships and the database to the state above. `connection` is the administrator's, to
@@ -88,7 +97,7 @@ async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles,
         roles.app_clone: _LOGIN,
     }
     if rotator:
-        wanted[roles.rotator] = _ROTATOR
+        wanted |= {roles.rotator: _LOGIN, roles.passwords: _ALTERS}
     for role, options in wanted.items():
         verb = "ALTER" if await _exists(connection, "pg_roles", "rolname", role) else "CREATE"
         await connection.execute(
@@ -99,7 +108,7 @@ async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles,
     for twin in (roles.app, roles.app_clone):
         await _grant(connection, roles.rw, twin, _MEMBER)
         if rotator:
-            await _grant(connection, twin, roles.rotator, _ADMIN_ONLY)
+            await _grant(connection, twin, roles.passwords, _ADMIN_ONLY)
 
     database = sql.Identifier(roles.database)
     if not await _exists(connection, "pg_database", "datname", roles.database):
@@ -128,6 +137,46 @@ async def ensure_schema_rights(connection: Connection, roles: ServiceRoles) -> N
             sql.SQL("ALTER DEFAULT PRIVILEGES FOR ROLE {owner} REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"),
         ):
             await connection.execute(statement.format(owner=owner, rw=rw, rows=_ROW_RIGHTS))
+
+
+#: What a SCRAM verifier looks like: neither a password in the clear nor none can be set.
+_VERIFIER = r"^SCRAM-SHA-256\$[0-9]{4,7}:[A-Za-z0-9+/]{22}==\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=$"
+
+#: Raised anew on failure, since PostgreSQL would log the text of the statement with the error.
+_SET_PASSWORD = """
+CREATE OR REPLACE FUNCTION rotation.set_password(login pg_catalog.text, verifier pg_catalog.text)
+RETURNS pg_catalog.void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF (login IN ({app}, {app_clone})) IS NOT TRUE THEN
+        RAISE insufficient_privilege USING MESSAGE = 'this login is not rotated';
+    END IF;
+    IF (verifier ~ {verifier}) IS NOT TRUE THEN
+        RAISE invalid_parameter_value USING MESSAGE = 'not a SCRAM-SHA-256 verifier';
+    END IF;
+    EXECUTE format('ALTER ROLE %I WITH PASSWORD %L', login, verifier);
+EXCEPTION WHEN OTHERS THEN
+    RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM;
+END $body$
+"""  # noqa: S105 - a statement
+
+
+async def ensure_rotation_right(connection: Connection, roles: ServiceRoles) -> None:
+    """The function that sets a password, and the rotator's right to call it: `connection` is the
+    administrator's, to `roles.database`."""
+    create = sql.SQL(_SET_PASSWORD).format(
+        app=sql.Literal(roles.app), app_clone=sql.Literal(roles.app_clone), verifier=sql.Literal(_VERIFIER)
+    )
+    names = {"passwords": sql.Identifier(roles.passwords), "rotator": sql.Identifier(roles.rotator)}
+    async with connection.transaction():
+        await connection.execute("CREATE SCHEMA IF NOT EXISTS rotation")
+        await connection.execute(create)
+        for statement in (
+            sql.SQL("ALTER FUNCTION rotation.set_password OWNER TO {passwords}"),
+            sql.SQL("REVOKE ALL ON FUNCTION rotation.set_password FROM PUBLIC"),
+            sql.SQL("GRANT USAGE ON SCHEMA rotation TO {rotator}"),
+            sql.SQL("GRANT EXECUTE ON FUNCTION rotation.set_password TO {rotator}"),
+        ):
+            await connection.execute(statement.format(**names))
 
 
 async def close_shared_databases(connection: Connection) -> None:

@@ -264,8 +264,8 @@ class PostgresServer:
     ) -> roles.ServiceRoles:
         """Make the database `name` and its roles (see `roles`), or bring them back to what they should be.
 
-        Passwords that are None stay as they are; a role that never got one cannot log in. The rotator's
-        role is made only when its password is given.
+        Passwords that are None stay as they are; a role that never got one cannot log in. The rotator, and
+        the function that it may call, are made only when its password is given.
         """
         service = roles.ServiceRoles(name)
         async with self._roles_lock:
@@ -275,6 +275,8 @@ class PostgresServer:
                 )
             async with self.administrator(service.database) as connection:
                 await roles.ensure_schema_rights(connection, service)
+                if rotator_password is not None:
+                    await roles.ensure_rotation_right(connection, service)
                 for role, password in (
                     (service.app, app_password),
                     (service.owner, owner_password),
