@@ -22,7 +22,7 @@ export UV_PYTHON_DOWNLOADS := never
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 READY := .venv/.ready
-MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproject.toml services/*/pyproject.toml)
+MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproject.toml services/*/pyproject.toml functions/*/pyproject.toml)
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
 # The long ones first; each file stays in one process.
