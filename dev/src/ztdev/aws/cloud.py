@@ -36,6 +36,9 @@ STACK_NAME = "zt-demo-workload"
 #: `python -c`: the gate as a package of its own, so that nothing else of this tree is imported.
 _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from gate.__main__ import main; sys.exit(main())"
 
+#: Where CloudFormation is told that the packages of functions are.
+_BUCKET = "packages"
+
 _START_TIMEOUT, _DEPLOY_TIMEOUT, _STOP_GRACE = 30.0, 60.0, 5.0
 
 
@@ -49,6 +52,17 @@ class DatabaseAddress:
 
     host: str
     port: int = 5432
+
+
+@dataclass(frozen=True)
+class RotationFunction:
+    """What the rotation function is deployed with.
+
+    `package` is a zip file for this machine (see `ztdev.functions`), `ca_file` what it trusts databases by.
+    """
+
+    package: Path
+    ca_file: Path
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class LocalCloud:
         issuer: started already; its tokens are the ones that are accepted.
         log_file: the child's log, appended to.
         databases: service name (``orders``, ``payments``) to address.
+        rotation: the function to deploy; None deploys none.
         template: the stack to deploy; by default infra/workload.yaml of the checkout.
         environment_dir: the child's Python environment; by default `aws-env` next to `state_dir`.
         on_process: told the child's process, so that a supervisor can record it.
@@ -90,6 +105,7 @@ class LocalCloud:
         issuer: OidcIssuer,
         log_file: Path,
         databases: Mapping[str, DatabaseAddress],
+        rotation: RotationFunction | None = None,
         template: Path | None = None,
         environment_dir: Path | None = None,
         on_process: Callable[[ProcessRef], None] = lambda _: None,
@@ -99,6 +115,7 @@ class LocalCloud:
         self._issuer = issuer
         self._log_file = log_file
         self._databases = dict(databases)
+        self._rotation = rotation
         self._template = template or default_template()
         self._environment_dir = environment_dir or self._state_dir.with_name("aws-env")
         self._on_process = on_process
@@ -260,8 +277,14 @@ class LocalCloud:
             "region": self.region,
             "admin": {"access_key_id": self._admin.key_id, "secret_access_key": self._admin.secret},
             "issuer": {"ca_file": str(self._issuer.ca_file.absolute()), "resolve": self._issuer.resolve},
+            "packages": {
+                f"{_BUCKET}/{package.name}": str(package.absolute()) for package in self._packages()
+            },
             "scratch": str(self._state_dir),
         }
+
+    def _packages(self) -> list[Path]:
+        return [self._rotation.package] if self._rotation else []
 
     def _child_environment(self) -> dict[str, str]:
         environment = {
@@ -306,6 +329,10 @@ class LocalCloud:
         for service, address in self._databases.items():
             parameters[f"{service.capitalize()}DatabaseHost"] = address.host
             parameters[f"{service.capitalize()}DatabasePort"] = str(address.port)
+        if self._rotation:
+            parameters["RotationPackageBucket"] = _BUCKET
+            parameters["RotationPackageKey"] = self._rotation.package.name
+            parameters["RotationCaFile"] = str(self._rotation.ca_file.absolute())
         return parameters
 
 

@@ -1,8 +1,8 @@
 """The stand-in for AWS: ministack behind a front door, with an STS that verifies web identity tokens.
 
 This package runs in an environment of its own (../requirements.txt) and imports nothing of the rest of the
-tree: `tokens` verifies tokens, `front` decides which requests reach the emulator at all, `emulator` closes
-the emulator's gaps, `__main__` starts it.
+tree: `tokens` verifies tokens, `front` decides which requests reach the emulator at all, `emulator` and
+`versions` close the emulator's gaps, `__main__` starts it.
 """
 
 #: Exit statuses (sysexits.h where it has one).

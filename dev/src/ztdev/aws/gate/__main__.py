@@ -70,7 +70,8 @@ async def _serve_in(
         admin_secret=admin["secret_access_key"],
     )
     keys = IssuerKeys(config["issuer"]["ca_file"], config["issuer"]["resolve"])
-    application = FrontDoor(emulator.load(account, keys, scratch, port), config["hosts"])
+    packages = {str(name): Path(file) for name, file in config["packages"].items()}
+    application = FrontDoor(emulator.load(account, keys, packages, scratch, port), config["hosts"])
     await _check_itself(application, config["hosts"][0], account)
 
     # hypercorn comes with ministack; the environment that checks this tree has neither.

@@ -9,7 +9,11 @@ it is used. What it leaves out, and is added or taken away here:
 * it hands out a secret although the role may not use the secret's key → `kms:Decrypt` is evaluated, with the
   condition keys that Secrets Manager sends on AWS;
 * it accepts any session duration and answers a made-up subject → checked, and answered truly;
-* it draws generated passwords from a predictable generator and ignores what to exclude → drawn anew.
+* it draws generated passwords from a predictable generator and ignores what to exclude → drawn anew;
+* it overwrites versions of a secret, hands out empty ones, and its RotateSecret promotes a copy of the old
+  value → `versions` does what AWS does;
+* the keys that it gives to a function can be computed from the function's name → drawn at random;
+* it takes a function without code for one that does nothing → its package must be there.
 
 All of it leans on names that ministack does not promise to keep. So its version is pinned, and a start fails
 when one of the names is missing.
@@ -38,6 +42,7 @@ from xml.sax.saxutils import escape
 
 from .front import SERVICES, Application
 from .tokens import IssuerKeys, Provider, TokenRefused, VerifiedToken, issuer_of, verify_token
+from .versions import Versions
 
 VERSION = "1.5.33"
 
@@ -48,7 +53,8 @@ MIN_DURATION, DEFAULT_DURATION = 900, 3600
 _NEEDED = {
     "ministack.app": ("app", "AUTH", "SERVICE_HANDLERS"),
     "ministack.core.iam_evaluator": ("is_root_access_key", "enforce", "resolve_credential"),
-    "ministack.core.responses": ("get_account_id", "get_region", "error_response_json"),
+    "ministack.core.responses": ("get_account_id", "get_region", "error_response_json", "json_response"),
+    "ministack.core.lambda_runtime": ("execution_credentials",),
     "ministack.core.router": ("extract_access_key_id",),
     "ministack.services.iam": (
         "_access_keys",
@@ -58,8 +64,15 @@ _NEEDED = {
         "_user_inline_policies",
     ),
     "ministack.services.kms": ("_resolve_key",),
-    "ministack.services.secretsmanager": ("_resolve",),
-    "ministack.services.sts": ("_error", "_p", "_web_identity_trust_denied", "is_root_access_key"),
+    "ministack.services.lambda_svc": ("execution_credentials", "_fetch_code_from_s3"),
+    "ministack.services.secretsmanager": ("_resolve", "_find_stage_version", "_remove_stage_everywhere"),
+    "ministack.services.sts": (
+        "_error",
+        "_p",
+        "_web_identity_trust_denied",
+        "is_root_access_key",
+        "register_session",
+    ),
     "ministack.services.cloudformation.provisioners": ("_sm_secret_string",),
 }
 
@@ -83,8 +96,11 @@ class Account:
     admin_secret: str = field(repr=False)
 
 
-def load(account: Account, keys: IssuerKeys, scratch: Path, port: int) -> Application:
-    """Import the emulator once for this process, close its gaps, and return its application.
+def load(
+    account: Account, keys: IssuerKeys, packages: Mapping[str, Path], scratch: Path, port: int
+) -> Application:
+    """Import the emulator once for this process, close its gaps, and return its application. `packages` are
+    the functions' packages by ``bucket/key``: they stand for S3.
 
     Raises:
         EmulatorError: it is another version, or a name we rely on is gone.
@@ -98,7 +114,7 @@ def load(account: Account, keys: IssuerKeys, scratch: Path, port: int) -> Applic
     if version != VERSION:
         raise EmulatorError(f"ministack {VERSION} is needed, this is {version}")
     modules = _modules()
-    return _Emulator(account, keys, modules).application()
+    return _Emulator(account, keys, packages, modules).application()
 
 
 def _set_environment(account: Account, scratch: Path, port: int) -> None:
@@ -139,16 +155,26 @@ def _modules() -> dict[str, ModuleType]:
 
 
 class _Emulator:
-    def __init__(self, account: Account, keys: IssuerKeys, modules: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        account: Account,
+        keys: IssuerKeys,
+        packages: Mapping[str, Path],
+        modules: Mapping[str, Any],
+    ) -> None:
         self._account = account
         self._keys = keys
+        self._packages = packages
         self._app = modules["app"]
         self._evaluator = modules["iam_evaluator"]
         self._responses = modules["responses"]
         self._router = modules["router"]
         self._iam = modules["iam"]
         self._kms = modules["kms"]
+        self._lambda = modules["lambda_svc"]
+        self._lambda_runtime = modules["lambda_runtime"]
         self._secrets = modules["secretsmanager"]
+        self._versions = Versions(modules["secretsmanager"], modules["responses"])
         self._sts = modules["sts"]
         self._provisioners = modules["provisioners"]
         self._trust_denied = self._sts._web_identity_trust_denied
@@ -163,6 +189,9 @@ class _Emulator:
         self._evaluator.enforce = self._authorize
         self._sts._web_identity_trust_denied = self._check_web_identity
         self._provisioners._sm_secret_string = secret_string
+        for module in (self._lambda, self._lambda_runtime):
+            module.execution_credentials = self._function_credentials
+        self._lambda._fetch_code_from_s3 = self._package
         handlers = self._app.SERVICE_HANDLERS
         if set(handlers) != set(SERVICES):
             raise EmulatorError(f"ministack serves {sorted(handlers)}")
@@ -214,6 +243,31 @@ class _Emulator:
         if action == "sts:AssumeRoleWithWebIdentity":
             return None  # the token is what authorizes it
         return self._enforce(access_key, action, *arguments, **keywords)
+
+    # -- Lambda
+
+    def _function_credentials(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Credentials of the function's role, made for one execution environment."""
+        role, name = str(config["Role"]).rpartition("/")[2], str(config["FunctionName"])
+        key_id = "ASIA" + "".join(secrets.choice(string.ascii_uppercase + "234567") for _ in range(16))
+        secret, token = secrets.token_urlsafe(30), secrets.token_urlsafe(60)
+        self._sts.register_session(
+            key_id,
+            {
+                "Arn": f"arn:aws:sts::{self._account.id}:assumed-role/{role}/{name}",
+                "UserId": f"{role}:{name}",
+                "SecretAccessKey": secret,
+                "SessionToken": token,
+            },
+        )
+        return {"AWS_ACCESS_KEY_ID": key_id, "AWS_SECRET_ACCESS_KEY": secret, "AWS_SESSION_TOKEN": token}
+
+    def _package(self, bucket: str, key: str, version_id: str | None = None) -> bytes:
+        """A function's package. The text of the error is what CloudFormation says."""
+        file = self._packages.get(f"{bucket}/{key}")
+        if file is None or version_id:
+            raise ValueError(f"there is no package {key} in {bucket}")
+        return file.read_bytes()
 
     # -- STS
 
@@ -326,8 +380,8 @@ class _Emulator:
             method: str, path: str, headers: dict[str, str], body: bytes, query: dict[str, Any]
         ) -> Answer:
             action = headers.get("x-amz-target", "").rpartition(".")[2]
-            denied = self._key_denied(action, headers, body)
-            return denied or await inner(method, path, headers, body, query)
+            answer = self._key_denied(action, headers, body) or self._versions.answer(action, body)
+            return answer or await inner(method, path, headers, body, query)
 
         return handle
 

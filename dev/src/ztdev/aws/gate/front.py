@@ -30,7 +30,7 @@ class Service:
 
     target_prefix: str | None = None  # JSON protocol: X-Amz-Target; None: query protocol
     actions: frozenset[str] | None = None
-    refused: frozenset[str] = frozenset()
+    paths: re.Pattern[bytes] | None = None  # REST: where it is spoken to, instead of at /
 
 
 #: Signing name → service. What is not here does not exist.
@@ -40,8 +40,12 @@ SERVICES = {
     "iam": Service(),
     "cloudformation": Service(),
     "kms": Service(target_prefix="TrentService."),
-    # The emulator's RotateSecret calls no function and promotes a copy of the old value: worse than none.
-    "secretsmanager": Service(target_prefix="secretsmanager.", refused=frozenset({"RotateSecret"})),
+    "secretsmanager": Service(target_prefix="secretsmanager."),
+    # Functions come by CloudFormation; here they are called by name, and the call waits for the result.
+    "lambda": Service(
+        actions=frozenset({"Invoke"}),
+        paths=re.compile(rb"/2015-03-31/functions/[A-Za-z0-9_-]{1,64}/invocations"),
+    ),
 }
 
 #: What may come unsigned, as on AWS.
@@ -85,7 +89,7 @@ def admit(
     fields = _single_fields(headers)
     if fields.get("host", "").lower() not in hosts:
         raise NotServed(403, "AccessDenied", "This host is not served here.")
-    if method != "POST" or path != b"/" or query:
+    if method != "POST" or query or not _served_path(path):
         raise NotServed(403, "AccessDenied", "Only POST / without a query string is served here.")
     if "content-encoding" in fields or "x-http-method-override" in fields:
         raise NotServed(400, "InvalidRequest", "Encoded bodies and overridden methods are not served here.")
@@ -95,7 +99,7 @@ def admit(
         raise NotServed(400, "XAmzContentSHA256Mismatch", "The body does not match its hash.")
     authorization = fields.get("authorization")
     if authorization is None:
-        action = _form_action(fields, body)
+        action = _form_action(fields, body) if path == b"/" else ""
         if action not in UNSIGNED:
             raise NotServed(403, "MissingAuthenticationToken", "Missing Authentication Token")
         return action
@@ -109,10 +113,31 @@ def admit(
     service = SERVICES.get(signature["service"])
     if service is None:
         raise NotServed(403, "AccessDenied", f"The service {signature['service']} is not served here.")
-    action = _form_action(fields, body) if service.target_prefix is None else _target_action(fields, service)
-    if (service.actions is not None and action not in service.actions) or action in service.refused:
+    if (path == b"/") == (service.paths is not None):
+        raise NotServed(403, "AccessDenied", "This path belongs to another service.")
+    action = _action(service, fields, body)
+    if service.actions is not None and action not in service.actions:
         raise NotServed(403, "AccessDenied", f"The action {action} is not served here.")
     return action
+
+
+def _served_path(path: bytes) -> bool:
+    return path == b"/" or any(s.paths.fullmatch(path) for s in SERVICES.values() if s.paths is not None)
+
+
+def _action(service: Service, fields: dict[str, str], body: bytes) -> str:
+    if service.paths is not None:
+        return _invoke_action(fields)
+    return _form_action(fields, body) if service.target_prefix is None else _target_action(fields, service)
+
+
+def _invoke_action(fields: dict[str, str]) -> str:
+    if (
+        "x-amz-target" in fields
+        or fields.get("x-amz-invocation-type", "RequestResponse") != "RequestResponse"
+    ):
+        raise NotServed(400, "InvalidRequest", "Functions are called here with RequestResponse only.")
+    return "Invoke"
 
 
 def _single_fields(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
