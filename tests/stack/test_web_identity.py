@@ -186,6 +186,8 @@ async def test_a_service_account_gets_its_role_and_reads_its_secret(aws: Aws, ac
     name = f"zt-demo/{service}/{'db-owner' if migrate else 'db'}"
     value = json.loads((await aws.read(answer["Credentials"], name))["SecretString"])
     password = value.pop("password")
+    rotator = None if migrate else aws.cloud.outputs[f"{service.capitalize()}RotatorSecretArn"]
+    assert value.pop("masterarn", None) == rotator
     assert re.fullmatch("[A-Za-z0-9]{40}", password)
     assert value == {
         "engine": "postgres",
@@ -200,7 +202,8 @@ async def test_a_service_account_gets_its_role_and_reads_its_secret(aws: Aws, ac
 @pytest.mark.parametrize("account", ACCOUNTS)
 async def test_no_role_reads_anything_else(aws: Aws, account: str) -> None:
     credentials = await aws.credentials(account)
-    names = [f"zt-demo/{service}/{name}" for service in DATABASES for name in ("db", "db-owner")]
+    kinds = ("db", "db-owner", "db-rotator")
+    names = [f"zt-demo/{service}/{name}" for service in DATABASES for name in kinds]
     service, _, migrate = account.partition("-")
     own = f"zt-demo/{service}/{'db-owner' if migrate else 'db'}"
     assert await aws.read(credentials, own)
@@ -229,6 +232,8 @@ async def test_no_role_reads_anything_else(aws: Aws, account: str) -> None:
         ("s3", "list_buckets", {}),
         ("eks", "list_clusters", {}),
         ("lambda", "list_functions", {}),
+        ("lambda", "invoke", {"FunctionName": "zt-demo-rotate-orders"}),
+        ("lambda", "get_function", {"FunctionName": "zt-demo-rotate-orders"}),
     ],
 )
 async def test_a_role_may_do_nothing_but_read(

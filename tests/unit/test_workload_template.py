@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib
 import itertools
 import json
 import re
@@ -16,11 +17,14 @@ import yaml
 from cfnlint.api import lint  # type: ignore[import-untyped,unused-ignore]
 from cfnlint.config import ManualArgs  # type: ignore[import-untyped,unused-ignore]
 
+from ztdev.functions import LAMBDA_PLATFORMS, LAMBDA_PYTHON
+
 TEMPLATE = Path(__file__).resolve().parents[2] / "infra" / "workload.yaml"
 
 ISSUERS = ["oidc.eks.eu-central-1.amazonaws.com/id/0123456789ABCDEF0123456789ABCDEF", "oidc.zt.example/local"]
 
 SERVICE_ACCOUNTS = ["orders", "orders-migrate", "payments", "payments-migrate"]
+ROTATION_ROLES = ["zt-demo-rotate-orders", "zt-demo-rotate-payments"]
 STRANGERS = ["frontend", "default", "order", "orders-", "orders2", "payments-migrate-x"]
 
 
@@ -62,9 +66,17 @@ def render(value: Any, values: Mapping[str, str]) -> Any:
         return "<{}.{}>".format(*value["Fn::GetAtt"])
     if set(value) == {"Fn::Sub"}:
         assert isinstance(value["Fn::Sub"], str)
-        return re.sub(r"\$\{([^}]+)\}", lambda found: values[found[1]], value["Fn::Sub"])
+        return re.sub(r"\$\{([^}]+)\}", lambda found: _named(found[1], values), value["Fn::Sub"])
+    if set(value) == {"Fn::If"}:
+        condition, yes, _ = value["Fn::If"]
+        assert condition in load()["Conditions"]
+        return render(yes, values)
     assert not [key for key in value if key.startswith("Fn::")], value
     return {key: render(item, values) for key, item in value.items()}
+
+
+def _named(name: str, values: Mapping[str, str]) -> str:
+    return f"<{name}>" if name.partition(".")[0] in load()["Resources"] else values[name]
 
 
 def values(issuer: str = ISSUERS[0]) -> dict[str, str]:
@@ -92,8 +104,13 @@ def resources(kind: str, issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
     }
 
 
-def roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
+def all_roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
     return {role["RoleName"]: role for role in resources("AWS::IAM::Role", issuer).values()}
+
+
+def roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
+    """Those of the service accounts; the others are the rotation functions'."""
+    return {name: role for name, role in all_roles(issuer).items() if name not in ROTATION_ROLES}
 
 
 def trust(role: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,8 +186,8 @@ def test_sub_and_aud_are_pinned_by_string_equals(role: str) -> None:
 
 
 def test_no_condition_key_is_left_unresolved() -> None:
-    documents = [trust(role) for role in roles().values()]
-    documents += [policy["PolicyDocument"] for role in roles().values() for policy in role["Policies"]]
+    documents = [trust(role) for role in all_roles().values()]
+    documents += [policy["PolicyDocument"] for role in all_roles().values() for policy in role["Policies"]]
     documents += [key["KeyPolicy"] for key in resources("AWS::KMS::Key").values()]
 
     assert documents
@@ -224,7 +241,8 @@ def test_each_role_decrypts_its_own_secret_only_and_only_through_secrets_manager
 
 def test_roles_have_nothing_else() -> None:
     assert set(roles()) == {f"zt-demo-{account}" for account in SERVICE_ACCOUNTS}
-    for role in roles().values():
+    assert set(all_roles()) == {*roles(), *ROTATION_ROLES}
+    for role in all_roles().values():
         assert "ManagedPolicyArns" not in role
     kinds = {resource["Type"] for resource in load()["Resources"].values()}
     assert not kinds & {
@@ -233,6 +251,128 @@ def test_roles_have_nothing_else() -> None:
         "AWS::IAM::RolePolicy",
         "AWS::IAM::User",
     }
+
+
+# -- rotation
+
+
+SERVICES = ("orders", "payments")
+
+
+def rotation_role(service: str) -> dict[str, Any]:
+    return all_roles()[f"zt-demo-rotate-{service}"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_rotation_role_is_assumed_by_lambda_only(service: str) -> None:
+    [statement] = trust(rotation_role(service))["Statement"]
+
+    assert statement["Principal"] == {"Service": "lambda.amazonaws.com"}
+    assert statement["Action"] == "sts:AssumeRole"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_rotation_role_touches_its_two_secrets_only(service: str) -> None:
+    name = service.capitalize()
+    secret, rotator = f"<{name}DatabaseSecret.Id>", f"<{name}RotatorSecret.Id>"
+    [policy, interfaces] = rotation_role(service)["Policies"]
+
+    allowed = set()
+    for statement in policy["PolicyDocument"]["Statement"]:
+        assert statement["Effect"] == "Allow"
+        actions = statement["Action"]
+        context = statement.get("Condition", {}).get("StringEquals", {})
+        for action in [actions] if isinstance(actions, str) else actions:
+            allowed.add((action, statement["Resource"], context.get("kms:EncryptionContext:SecretARN")))
+            if action.startswith("kms:"):
+                assert context["kms:ViaService"] == "secretsmanager.eu-central-1.amazonaws.com"
+    log = f"arn:aws:logs:eu-central-1:111122223333:log-group:/aws/lambda/zt-demo-rotate-{service}:*"
+    assert allowed == {
+        ("secretsmanager:DescribeSecret", secret, None),
+        ("secretsmanager:GetSecretValue", secret, None),
+        ("secretsmanager:PutSecretValue", secret, None),
+        ("secretsmanager:UpdateSecretVersionStage", secret, None),
+        ("secretsmanager:GetSecretValue", rotator, None),
+        ("secretsmanager:GetRandomPassword", "*", None),
+        ("kms:Decrypt", "<SecretsKey.Arn>", secret),
+        ("kms:GenerateDataKey", "<SecretsKey.Arn>", secret),
+        ("kms:Decrypt", "<SecretsKey.Arn>", rotator),
+        ("logs:CreateLogStream", log, None),
+        ("logs:PutLogEvents", log, None),
+    }
+    lambda_may, code_may_not = interfaces["PolicyDocument"]["Statement"]
+    assert all(action.startswith("ec2:") for action in lambda_may["Action"])
+    assert (code_may_not["Effect"], code_may_not["Action"]) == ("Deny", "ec2:*")
+    function = f"arn:aws:lambda:eu-central-1:111122223333:function:zt-demo-rotate-{service}"
+    assert code_may_not["Condition"] == {"ArnEquals": {"lambda:SourceFunctionArn": function}}
+
+
+def test_only_secrets_manager_of_this_account_calls_a_function_and_for_its_secret_only() -> None:
+    permissions = resources("AWS::Lambda::Permission")
+
+    assert permissions == {
+        f"{service}RotationPermission": {
+            "FunctionName": f"<{service}RotationFunction>",
+            "Action": "lambda:InvokeFunction",
+            "Principal": "secretsmanager.amazonaws.com",
+            "SourceAccount": "111122223333",
+            "SourceArn": f"<{service}DatabaseSecret.Id>",
+        }
+        for service in ("Orders", "Payments")
+    }
+
+
+def test_each_secret_of_a_service_is_rotated_by_its_function() -> None:
+    schedules = resources("AWS::SecretsManager::RotationSchedule")
+
+    assert {(s["SecretId"], s["RotationLambdaARN"]) for s in schedules.values()} == {
+        (f"<{service}DatabaseSecret.Id>", f"<{service}RotationFunction.Arn>")
+        for service in ("Orders", "Payments")
+    }
+    for schedule in schedules.values():
+        assert schedule["RotateImmediatelyOnUpdate"] is False  # the database may not know the passwords yet
+
+
+def test_the_functions_are_what_is_packaged() -> None:
+    functions = resources("AWS::Lambda::Function")
+
+    assert set(functions) == {"OrdersRotationFunction", "PaymentsRotationFunction"}
+    for function in functions.values():
+        assert function["Runtime"] == f"python{LAMBDA_PYTHON}"
+        module, _, name = function["Handler"].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+    parameter = load()["Parameters"]["RotationArchitecture"]
+    assert set(parameter["AllowedValues"]) == set(LAMBDA_PLATFORMS)
+
+
+def test_nothing_of_the_rotation_is_deployed_without_a_package_nor_scheduled_without_a_schedule() -> None:
+    conditions = {
+        name: resource.get("Condition")
+        for name, resource in load()["Resources"].items()
+        if "Rotation" in name
+    }
+
+    for service, what in itertools.product(("Orders", "Payments"), ("Log", "Role", "Function", "Permission")):
+        assert conditions.pop(f"{service}Rotation{what}") == "RotationIsDeployed"
+    assert set(conditions.values()) == {"RotationIsScheduled"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "valid"),
+    [
+        ("", True),
+        ("rate(4 hours)", True),
+        ("rate(1 day)", True),
+        ("cron(0 4 * * ? *)", True),
+        ("rate(0 days)", False),
+        ("1 day", False),
+        ("rate(1 day", False),
+    ],
+)
+def test_the_schedule_is_an_expression_of_secrets_manager(schedule: str, valid: bool) -> None:
+    pattern = load()["Parameters"]["RotationSchedule"]["AllowedPattern"]
+
+    assert bool(re.fullmatch(pattern, schedule)) is valid
 
 
 # -- key and secrets
@@ -280,9 +420,10 @@ def test_secrets_are_generated_and_encrypted_with_the_key() -> None:
             "port": 5432,
             "dbname": service,
             "username": f"{service}_{user}",
+            **({"masterarn": f"<{service.capitalize()}RotatorSecret.Id>"} if user == "app" else {}),
         }
         for service in ("orders", "payments")
-        for name, user in (("db", "app"), ("db-owner", "owner"))
+        for name, user in (("db", "app"), ("db-owner", "owner"), ("db-rotator", "rotator"))
     }
 
 
@@ -292,8 +433,10 @@ def test_the_outputs_hold_what_the_service_accounts_and_services_need() -> None:
     expected = {"SecretsKeyArn": ["SecretsKey", "Arn"]}
     for service, which in itertools.product(("Orders", "Payments"), ("", "Migrate")):
         expected[f"{service}{which}RoleArn"] = [f"{service}{which}Role", "Arn"]
-    for service, which in itertools.product(("Orders", "Payments"), ("Database", "Owner")):
+    for service, which in itertools.product(("Orders", "Payments"), ("Database", "Owner", "Rotator")):
         expected[f"{service}{which}SecretArn"] = [f"{service}{which}Secret", "Id"]
+    for service in ("Orders", "Payments"):
+        expected[f"{service}RotationFunctionArn"] = [f"{service}RotationFunction", "Arn"]
     assert outputs == {name: {"Fn::GetAtt": attribute} for name, attribute in expected.items()}
 
 
