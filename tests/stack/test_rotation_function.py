@@ -7,6 +7,7 @@ secret's, and leaves whatever state it likes.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import secrets
@@ -727,6 +728,89 @@ async def test_a_service_cannot_call_the_function(orders: Rotated) -> None:
 
     with pytest.raises(ClientError, match="AccessDenied"):
         await asyncio.to_thread(service.invoke, FunctionName="zt-demo-rotate-orders", Payload=b"{}")
+
+
+async def test_the_functions_credentials_cannot_be_computed(orders: Rotated) -> None:
+    """The emulator alone makes them out of the names of the function and its role, which are no secret."""
+    await orders.rotate()
+    role = f"arn:aws:iam::{orders.cloud.account_id}:role/zt-demo-rotate-orders"
+    digest = hashlib.sha256(f"{orders.function}:{role}".encode()).hexdigest()
+    client = botocore.session.Session().create_client(
+        "secretsmanager",
+        region_name=orders.cloud.region,
+        endpoint_url=orders.cloud.endpoint_url,
+        aws_access_key_id=f"ASIA{digest[:16].upper()}",
+        aws_secret_access_key=hashlib.sha256(f"secret:{digest}".encode()).hexdigest(),
+        aws_session_token=hashlib.sha256(f"token:{digest}".encode()).hexdigest(),
+    )
+
+    with pytest.raises(ClientError, match=r"UnrecognizedClientException|InvalidClientTokenId"):
+        await asyncio.to_thread(client.get_secret_value, SecretId=orders.secret_id)
+
+
+@pytest.mark.parametrize(
+    ("operation", "parameters"),
+    [
+        ("list_functions", {}),
+        ("create_function", {"FunctionName": "f", "Role": "r", "Code": {"ZipFile": b"x"}}),
+        ("update_function_code", {"FunctionName": "zt-demo-rotate-orders", "ZipFile": b"x"}),
+        ("invoke", {"FunctionName": "zt-demo-rotate-orders", "InvocationType": "Event"}),
+        ("invoke", {"FunctionName": "zt-demo-rotate-orders", "Qualifier": "1"}),
+        (
+            "invoke",
+            {"FunctionName": "arn:aws:lambda:eu-central-1:111122223333:function:zt-demo-rotate-orders"},
+        ),
+    ],
+)
+async def test_of_lambda_only_the_call_by_name_is_served(
+    orders: Rotated, operation: str, parameters: dict[str, Any]
+) -> None:
+    assert (await orders.invoke("testSecret", secrets.token_hex(16))).error
+    call = getattr(orders.cloud.admin_client("lambda"), operation)
+
+    with pytest.raises(ClientError) as refused:
+        await asyncio.to_thread(call, **parameters)
+
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 403)
+
+
+# -- versions in the stand-in are AWS's
+
+
+async def test_a_rotation_begins_with_an_empty_version(orders: Rotated) -> None:
+    token = await orders.begin()
+
+    assert (await orders.stages())[token] == ["AWSPENDING"]
+    for which in ({"VersionStage": "AWSPENDING"}, {"VersionId": token}):
+        with pytest.raises(ClientError, match="ResourceNotFoundException"):
+            await orders.secrets_manager("get_secret_value", **which)
+
+
+async def test_a_version_keeps_its_value(orders: Rotated) -> None:
+    token = await orders.begin()
+    await orders.put({"a": 1}, "AWSPENDING", token)
+    await orders.put({"a": 1}, "AWSPENDING", token)
+
+    with pytest.raises(ClientError, match="ResourceExistsException"):
+        await orders.put({"a": 2}, "AWSPENDING", token)
+
+    assert await orders.value("AWSPENDING") == {"a": 1}
+
+
+async def test_a_version_is_not_read_under_a_label_that_it_does_not_have(orders: Rotated) -> None:
+    token = await orders.rotate()
+    which = {"VersionId": token, "VersionStage": "AWSCURRENT"}
+    assert await orders.secrets_manager("get_secret_value", **which)
+
+    with pytest.raises(ClientError, match="InvalidRequestException"):
+        await orders.secrets_manager("get_secret_value", **which | {"VersionStage": "AWSPREVIOUS"})
+
+
+async def test_a_secret_without_a_function_is_not_rotated(orders: Rotated) -> None:
+    assert await orders.begin()
+
+    with pytest.raises(ClientError, match="InvalidRequestException"):
+        await orders.secrets_manager("rotate_secret", SecretId=orders.rotator_id)
 
 
 # -- nothing secret is told

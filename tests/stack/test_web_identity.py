@@ -559,6 +559,16 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
             "Action=AssumeRoleWithWebIdentity",
         ),
         ("POST", "/", {**FORM, "Content-Encoding": "gzip"}, "Action=AssumeRoleWithWebIdentity"),
+        ("POST", "/2015-03-31/functions", {}, "{}"),
+        ("POST", "/2015-03-31/functions/zt-demo-rotate-orders/invocations", {}, "{}"),
+        ("POST", "/2015-03-31/functions/zt-demo-rotate-orders/invocations", FORM, "Action=GetCallerIdentity"),
+        (
+            "POST",
+            "/2015-03-31/functions/x/invocations",
+            FORM,
+            "Action=AssumeRoleWithWebIdentity&Version=2011-06-15",
+        ),
+        ("GET", "/_ministack/lambda-code/zt-demo-rotate-orders", {}, ""),
     ],
 )
 async def test_the_emulators_side_doors_are_shut(
@@ -790,7 +800,7 @@ async def test_the_gate_does_not_start_when_a_name_it_leans_on_is_gone(
     python = await ensure_environment(ENVIRONMENT, print)
     program = (
         "import os, sys; os.environ['AUTH'] = 'true'; os.environ['SERVICES'] = "
-        "'sts,iam,cloudformation,kms,secretsmanager'\n"
+        "'sts,iam,cloudformation,kms,secretsmanager,lambda'\n"
         f"import ministack.app, ministack.{module} as module; del module.{name}\n"
         "sys.path.append(sys.argv.pop(1)); from gate.__main__ import main; sys.exit(main())"
     )

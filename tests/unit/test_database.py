@@ -417,13 +417,22 @@ def test_service_name_that_cannot_name_a_database(name: str) -> None:
 def test_roles_of_a_service() -> None:
     roles = ServiceRoles("orders")
 
-    assert (roles.database, roles.owner, roles.rw, roles.app, roles.app_clone, roles.rotator) == (
+    assert (
+        roles.database,
+        roles.owner,
+        roles.rw,
+        roles.app,
+        roles.app_clone,
+        roles.rotator,
+        roles.passwords,
+    ) == (
         "orders",
         "orders_owner",
         "orders_rw",
         "orders_app",
         "orders_app_clone",
         "orders_rotator",
+        "orders_passwords",
     )
 
 
