@@ -27,6 +27,7 @@ from botocore.exceptions import ClientError
 from rotate_db_credentials import database
 from rotate_db_credentials.rotation import Rotation
 from rotate_db_credentials.secret import DatabaseSecret
+from ztdev.aws.cloud import STACK_NAME, default_template
 
 from .rotation import STEPS, Rotated, rotations
 
@@ -772,6 +773,75 @@ async def test_of_lambda_only_the_call_by_name_is_served(
         await asyncio.to_thread(call, **parameters)
 
     assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 403)
+
+
+# -- the stack
+
+
+async def test_an_update_of_the_stack_reaches_the_function_and_keeps_the_secrets(
+    orders: Rotated, tmp_path: Path
+) -> None:
+    await orders.rotate()
+    before = await orders.value()
+    moved = tmp_path / "ca.pem"
+    cloudformation = orders.cloud.admin_client("cloudformation")
+
+    async def update(ca_file: Path) -> None:
+        changed = orders.cloud._parameters() | {"RotationCaFile": str(ca_file)}
+        await asyncio.to_thread(
+            cloudformation.update_stack,
+            StackName=STACK_NAME,
+            UsePreviousTemplate=True,
+            Parameters=[{"ParameterKey": k, "ParameterValue": v} for k, v in changed.items()],
+            Capabilities=["CAPABILITY_NAMED_IAM"],
+        )
+        async with asyncio.timeout(30):
+            while await status() != "UPDATE_COMPLETE":
+                await asyncio.sleep(0.05)
+
+    async def status() -> str:
+        answer = await asyncio.to_thread(cloudformation.describe_stacks, StackName=STACK_NAME)
+        state: str = answer["Stacks"][0]["StackStatus"]
+        assert state in ("UPDATE_IN_PROGRESS", "UPDATE_COMPLETE", "UPDATE_COMPLETE_CLEANUP_IN_PROGRESS")
+        return state
+
+    await update(moved)
+    try:
+        token = await orders.rotate(None, ("createSecret",))
+        refused = await orders.invoke("setSecret", token)
+        assert refused.error == f"ca_file_missing: {moved} does not exist"
+        moved.write_bytes(orders.postgres.ca_file.read_bytes())
+        await orders.rotate(token)
+    finally:
+        await update(orders.postgres.ca_file)
+
+    assert await orders.value("AWSPREVIOUS") == before
+    assert await orders.login(await orders.value())
+
+
+async def test_a_stack_whose_package_is_missing_is_refused(state: Path, both: dict[str, Rotated]) -> None:
+    cloud = both["orders"].cloud
+    cloudformation = cloud.admin_client("cloudformation")
+    changed = cloud._parameters() | {"RotationPackageKey": "no-such.zip", "NamePrefix": "another"}
+    await asyncio.to_thread(
+        cloudformation.create_stack,
+        StackName="another",
+        TemplateBody=default_template().read_text(),
+        Parameters=[{"ParameterKey": k, "ParameterValue": v} for k, v in changed.items()],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+    )
+
+    async with asyncio.timeout(30):
+        while True:
+            answer = await asyncio.to_thread(cloudformation.describe_stacks, StackName="another")
+            if not answer["Stacks"][0]["StackStatus"].endswith("IN_PROGRESS"):
+                break
+            await asyncio.sleep(0.05)
+
+    assert answer["Stacks"][0]["StackStatus"] == "ROLLBACK_COMPLETE"
+    events = await asyncio.to_thread(cloudformation.describe_stack_events, StackName="another")
+    assert "there is no package no-such.zip" in str(events["StackEvents"])
+    await asyncio.to_thread(cloudformation.delete_stack, StackName="another")
 
 
 # -- versions in the stand-in are AWS's
