@@ -790,6 +790,8 @@ async def test_a_stack_that_fails_tells_the_reasons(aws: Aws, tmp_path: Path) ->
     ("module", "name"),
     [
         ("services.sts", "_web_identity_trust_denied"),
+        ("core.lambda_runtime", "execution_credentials"),
+        ("services.lambda_svc", "_fetch_code_from_s3"),
         ("core.iam_evaluator", "is_root_access_key"),
         ("services.cloudformation.provisioners", "_sm_secret_string"),
     ],

@@ -99,7 +99,7 @@ def _checked(secret: DatabaseSecret, which: str) -> DatabaseSecret:
     for name, pattern in (("host", _HOST), ("dbname", _DATABASE), ("username", _USER)):
         if not pattern.fullmatch(getattr(secret, name)):
             raise _malformed(which, f"has a {name} that cannot be one")
-    if len(secret.password) > _MAX_PASSWORD or not secret.password.isascii() or "\0" in secret.password:
+    if len(secret.password) > _MAX_PASSWORD or "\0" in secret.password:
         raise _malformed(which, "has a password that cannot be one")
     return secret
 
