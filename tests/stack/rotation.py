@@ -46,6 +46,7 @@ class Rotated:
     postgres: PostgresServer
     logs: list[str] = field(default_factory=list)
     passwords: set[str] = field(default_factory=set)
+    clients: dict[str, Any] = field(default_factory=dict)
 
     @property
     def secret_id(self) -> str:
@@ -59,9 +60,15 @@ class Rotated:
     def function(self) -> str:
         return self.cloud.outputs[f"{self.service.capitalize()}RotationFunctionArn"]
 
+    def client(self, service: str) -> Any:
+        """The administrator's; made once, since that takes longer than most calls."""
+        if service not in self.clients:
+            self.clients[service] = self.cloud.admin_client(service)
+        return self.clients[service]
+
     async def secrets_manager(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """A call as the administrator, on this secret unless another is named."""
-        call = getattr(self.cloud.admin_client("secretsmanager"), operation)
+        call = getattr(self.client("secretsmanager"), operation)
         answer: dict[str, Any] = await asyncio.to_thread(call, **{"SecretId": self.secret_id} | parameters)
         return answer
 
@@ -85,7 +92,7 @@ class Rotated:
 
     async def invoke(self, step: str, token: str, **changes: Any) -> Invocation:
         event = {"Step": step, "SecretId": self.secret_id, "ClientRequestToken": token} | changes
-        client = self.cloud.admin_client("lambda")
+        client = self.client("lambda")
 
         def call() -> Invocation:
             answer = client.invoke(

@@ -190,7 +190,7 @@ async def test_a_step_that_dies_at_a_call_to_aws_is_run_again(
 ) -> None:
     token = await orders.begin()
     await orders.rotate(token, STEPS[: STEPS.index(step)])
-    client = Dying(orders.cloud.admin_client("secretsmanager"), operation, before)
+    client = Dying(orders.client("secretsmanager"), operation, before)
     with pytest.raises(CutOff):
         await asyncio.to_thread(Rotation(client, orders.secret_id, token, orders.postgres.ca_file).run, step)
 
@@ -203,7 +203,7 @@ async def test_a_step_that_dies_at_a_call_to_aws_is_run_again(
 
 async def test_a_value_that_was_put_before_the_step_died_is_kept(orders: Rotated) -> None:
     token = await orders.begin()
-    client = Dying(orders.cloud.admin_client("secretsmanager"), "put_secret_value", before=False)
+    client = Dying(orders.client("secretsmanager"), "put_secret_value", before=False)
     with pytest.raises(CutOff):
         await asyncio.to_thread(
             Rotation(client, orders.secret_id, token, orders.postgres.ca_file).run, "createSecret"
@@ -227,7 +227,7 @@ async def test_a_step_that_died_after_it_changed_the_password_is_run_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(database, "set_password", die_afterwards)
-        client = orders.cloud.admin_client("secretsmanager")
+        client = orders.client("secretsmanager")
         with pytest.raises(CutOff):
             await asyncio.to_thread(
                 Rotation(client, orders.secret_id, token, orders.postgres.ca_file).run, "setSecret"
@@ -290,12 +290,12 @@ async def test_a_secret_that_is_not_set_up_for_rotation_is_left_alone(
     """A secret made beside the stack: DescribeSecret says nothing of a rotation."""
     orders = both["orders"]
     secret = await asyncio.to_thread(
-        orders.cloud.admin_client("secretsmanager").create_secret,
+        orders.client("secretsmanager").create_secret,
         Name="zt-demo/another/db",
         SecretString=json.dumps(await orders.value()),
     )
     token = secrets.token_hex(16)
-    client = orders.cloud.admin_client("secretsmanager")
+    client = orders.client("secretsmanager")
     await asyncio.to_thread(
         client.put_secret_value,
         SecretId=secret["ARN"],
@@ -604,6 +604,17 @@ async def test_the_rotation_login_sets_the_passwords_of_the_twins_and_of_nobody_
                 connection.execute(SET, [other, verifier(connection, "x", "x")])
 
 
+async def test_passwords_that_are_set_at_once_take_their_turn(orders: Rotated, rotator_password: str) -> None:
+    def set_some() -> None:
+        with rotator(orders, rotator_password) as connection:
+            for _ in range(30):
+                connection.execute(SET, ["orders_app_clone", verifier(connection, "orders_app_clone", "x")])
+
+    await asyncio.gather(*(asyncio.to_thread(set_some) for _ in range(4)))
+
+    assert await orders.login({"username": "orders_app_clone", "password": "x"}) == "orders_app_clone"
+
+
 @pytest.mark.parametrize(
     "bad", ["", None, "a password", "md5" + "0" * 32, "SCRAM-SHA-256$4096:x", "{v}'", "{v}\n"]
 )
@@ -767,7 +778,7 @@ async def test_of_lambda_only_the_call_by_name_is_served(
     orders: Rotated, operation: str, parameters: dict[str, Any]
 ) -> None:
     assert (await orders.invoke("testSecret", secrets.token_hex(16))).error
-    call = getattr(orders.cloud.admin_client("lambda"), operation)
+    call = getattr(orders.client("lambda"), operation)
 
     with pytest.raises(ClientError) as refused:
         await asyncio.to_thread(call, **parameters)
@@ -784,7 +795,7 @@ async def test_an_update_of_the_stack_reaches_the_function_and_keeps_the_secrets
     await orders.rotate()
     before = await orders.value()
     moved = tmp_path / "ca.pem"
-    cloudformation = orders.cloud.admin_client("cloudformation")
+    cloudformation = orders.client("cloudformation")
 
     async def update(ca_file: Path) -> None:
         changed = orders.cloud._parameters() | {"RotationCaFile": str(ca_file)}

@@ -153,6 +153,8 @@ BEGIN
     IF (verifier ~ {verifier}) IS NOT TRUE THEN
         RAISE invalid_parameter_value USING MESSAGE = 'not a SCRAM-SHA-256 verifier';
     END IF;
+    -- One at a time: two that alter a role at once make one of them fail.
+    PERFORM pg_advisory_xact_lock(hashtextextended('rotation.set_password', 0));
     EXECUTE format('ALTER ROLE %I WITH PASSWORD %L', login, verifier);
 EXCEPTION WHEN OTHERS THEN
     RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM;
