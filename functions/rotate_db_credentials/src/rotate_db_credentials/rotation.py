@@ -73,18 +73,17 @@ class Rotation:
         return f"{done} {self._checked_twin(current, pending).username}"
 
     def _set_secret(self) -> str:
-        _, pending = self._both()
+        pending = self._checked_twin(*self._both())
         superuser = self._superuser(pending)
         with database.session(superuser, self._ca_file) as connection:
             database.set_password(connection, pending)
         return f"set the password of {pending.username}"
 
     def _test_secret(self) -> str:
-        current = self._read(CURRENT)
-        pending = self._read_pending()
+        current, pending = self._both()
         # When a schedule is set up, Secrets Manager tries this step with a version of its own: no twin.
-        if pending is None or pending != current:
-            current, pending = self._both()
+        if pending != current:
+            self._checked_twin(current, pending)
         with database.session(pending, self._ca_file) as connection:
             lacking = database.roles_lacking(connection, pending.username, current.username)
         if lacking:
@@ -138,7 +137,7 @@ class Rotation:
         current, pending = self._read(CURRENT), self._read_pending()
         if pending is None:
             raise RotationFailed(Reason.VERSION_NOT_PENDING, f"version {self._token} has no value yet")
-        return current, self._checked_twin(current, pending)
+        return current, pending
 
     def _checked_twin(self, current: DatabaseSecret, pending: DatabaseSecret) -> DatabaseSecret:
         same_place = pending.place == current.place and pending.superuser_arn == current.superuser_arn
