@@ -83,8 +83,10 @@ def test_aliases_that_multiply_are_refused(
     refused(path, "entries")
 
 
-def test_as_many_entries_as_allowed_are_taken(path: Path) -> None:
-    path.write_text("version: 1\nrules:\n" + lists(500, 4, MAX_POLICY_ENTRIES // 2000))
+@pytest.mark.parametrize(("callers", "methods", "paths"), [(500, 4, 50), (500, 1, 200)])
+def test_as_many_entries_as_allowed_are_taken(path: Path, callers: int, methods: int, paths: int) -> None:
+    assert callers * methods * paths == MAX_POLICY_ENTRIES
+    path.write_text("version: 1\nrules:\n" + lists(callers, methods, paths))
     quickly(lambda: load_policy(path))
 
 

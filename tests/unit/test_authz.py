@@ -19,10 +19,12 @@ from ztmtls.authz import (
     Authorizer,
     NotAuthorized,
     Policy,
+    PolicyDocument,
     PolicyError,
     PolicyFile,
     all_of,
     any_of,
+    authorize_request,
     exact,
     is_ambiguous,
     load_policy,
@@ -46,7 +48,7 @@ def accepts(authorizer: Authorizer, peer: str) -> bool:
     else:
         return True
     assert refusal.reason is Reason.CALLER_NOT_ALLOWED
-    assert peer in refusal.detail
+    assert refusal.detail.startswith(f"{peer} is not ")
     return False
 
 
@@ -73,7 +75,6 @@ def test_one_of_accepts_those_listed_and_none_means_nobody() -> None:
     assert accepts(authorizer, FRONTEND)
     assert not accepts(authorizer, STRANGER)
     assert not accepts(one_of(), ORDERS)
-    assert "nobody" in repr(one_of())
 
 
 @pytest.mark.parametrize("wanted", ["zt.example", "spiffe://zt.example", TrustDomain("zt.example")])
@@ -154,9 +155,17 @@ def test_authorizers_refuse_what_is_no_spiffe_id(make: Callable[[str], Authorize
 
 
 def test_authorizers_say_what_they_accept() -> None:
-    assert ORDERS in repr(exact(ORDERS))
-    assert FRONTEND in repr(any_of(exact(ORDERS), one_of(FRONTEND)))
-    assert "zt.example" in repr(trust_domain("zt.example"))
+    orders, both = f"<authorizer: {ORDERS}>", f"<authorizer: one of {FRONTEND}, {ORDERS}>"
+
+    assert repr(exact(ORDERS)) == orders
+    assert repr(one_of(ORDERS, FRONTEND)) == both
+    assert repr(one_of()) == "<authorizer: one of nobody>"
+    assert repr(trust_domain("zt.example")) == "<authorizer: in trust domain zt.example>"
+    assert repr(path_prefix(ORDERS)) == f"<authorizer: {ORDERS} or below it>"
+    for combine, name in ((any_of, "any of"), (all_of, "all of")):
+        assert (
+            repr(combine(exact(ORDERS), one_of(ORDERS, FRONTEND))) == f"<authorizer: {name} {orders}, {both}>"
+        )
 
 
 # -- Decisions ------------------------------------------------------------------------------------------
@@ -280,6 +289,59 @@ def test_rules_do_not_mix_callers_methods_and_paths() -> None:
     }
 
     assert allowed == {(FRONTEND, "GET", "/a"), (ORDERS, "POST", "/b"), (FRONTEND, "POST", "/c")}
+
+
+# -- Requests -------------------------------------------------------------------------------------------
+
+
+def denied(
+    policy: Policy | PolicyFile, caller: str, method: str, path: str, raw: bytes = b""
+) -> NotAuthorized:
+    with pytest.raises(NotAuthorized) as caught:
+        authorize_request(policy, SpiffeId.parse(caller), method, path, raw or path.encode())
+    return caught.value
+
+
+def test_request_is_allowed_by_a_rule_or_denied_for_a_reason() -> None:
+    policy = Policy.parse(DOCUMENT)
+    frontend = SpiffeId.parse(FRONTEND)
+    assert authorize_request(policy, frontend, "POST", "/orders", b"/orders") == "frontend-places"
+    assert authorize_request(policy, frontend, "GET", "/orders/a b", b"/orders/a%20b?c") == "frontend-reads"
+
+    for caller, method, path, reason in (
+        (STRANGER, "GET", "/orders", Reason.CALLER_NOT_ALLOWED),
+        (FRONTEND, "DELETE", "/orders", Reason.ROUTE_NOT_ALLOWED),
+        (FRONTEND, "GET", "/unlisted", Reason.ROUTE_NOT_ALLOWED),
+    ):
+        error = denied(policy, caller, method, path)
+        assert error.reason is reason
+        assert error.detail == policy.decide(SpiffeId.parse(caller), method, path).detail
+
+
+@pytest.mark.parametrize(
+    ("path", "raw"),
+    [("/orders/a", b"/orders%2fa"), ("/orders/a%", b"/orders/a"), ("/orders/..", b"/orders/x")],
+)
+def test_ambiguous_request_is_denied_before_the_policy_is_asked(path: str, raw: bytes) -> None:
+    policy = Policy.parse(DOCUMENT)
+    assert policy.decide(SpiffeId.parse(FRONTEND), "GET", path).allowed
+
+    error = denied(policy, FRONTEND, "GET", path, raw)
+
+    assert error.reason is Reason.AMBIGUOUS_PATH
+    assert "more than one way" in error.detail
+
+
+def test_request_is_decided_by_the_policy_in_force(path: Path) -> None:
+    path.write_text(GOOD)
+    file = PolicyFile(path)
+    assert authorize_request(file, SpiffeId.parse(FRONTEND), "GET", "/a", b"/a") == "r"
+
+    path.write_text(GOOD.replace("/a]", "/changed]"))
+    assert file.reload_if_changed()
+
+    assert denied(file, FRONTEND, "GET", "/a").reason is Reason.ROUTE_NOT_ALLOWED
+    assert authorize_request(file, SpiffeId.parse(FRONTEND), "GET", "/changed", b"/changed") == "r"
 
 
 # -- Paths with more than one reading ---------------------------------------------------------------------
@@ -531,6 +593,102 @@ def test_broken_file_is_a_policy_error_on_one_line(path: Path, case: str) -> Non
     assert "\n" not in str(file.last_error)
 
 
+def test_list_within_itself_is_refused_where_it_stands(path: Path) -> None:
+    path.write_text("version: 1\nrules: &r [*r]\n")
+
+    with pytest.raises(PolicyError, match=r"is not YAML.*recursive") as caught:
+        load_policy(path)
+    assert caught.value.faults[0].line == 2
+
+
+def test_each_fault_has_its_place_and_line(path: Path) -> None:
+    path.write_text(
+        "# comment\n"
+        "version: 2\n"
+        "rules:\n"
+        "  - name: a\n"
+        "    callers:\n"
+        "      - spiffe://zt.example/ok\n"
+        "      - SPIFFE://zt.example/x\n"
+        "    methods: [get]\n"
+        "    paths: ['/a',\n"
+        "      '/b/']\n"
+        "    extra: 1\n"
+        "  - callers: [spiffe://zt.example]\n"
+        "    methods:\n"
+        "      [GET]\n"
+        "    name: ''\n"
+        "  - nothing\n"
+        f"  - &twice {RULE}\n"
+        "  - *twice\n"
+        "other: 1\n"
+    )
+
+    with pytest.raises(PolicyError) as caught:
+        load_policy(path)
+
+    assert [(fault.line, fault.place, str(fault)) for fault in caught.value.faults] == [
+        (19, ("other",), "unknown key 'other'"),
+        (2, ("version",), "'version' must be 1"),
+        (11, ("rules", 0, "extra"), "rules[0]: unknown key 'extra'"),
+        (7, ("rules", 0, "callers", 1), "rules[0]: caller 'SPIFFE://zt.example/x' does not begin with 'spiffe://'"),
+        (8, ("rules", 0, "methods", 0), "rules[0]: unknown method 'get'"),
+        (10, ("rules", 0, "paths", 1), "rules[0]: path '/b/' holds the segment ''"),
+        (15, ("rules", 1, "name"), "rules[1]: 'name' must be a non-empty string"),
+        (12, ("rules", 1, "paths"), "rules[1]: 'paths' must be a non-empty list of strings"),
+        (12, ("rules", 1, "callers", 0),
+         "rules[1]: caller 'spiffe://zt.example' names a trust domain, not a workload"),
+        (16, ("rules", 2), "rules[2] must be a mapping"),
+        (17, ("rules", 4, "name"), "rule name 'r' is used twice"),
+    ]  # fmt: skip
+    assert caught.value.detail.startswith("line 19: unknown key 'other'; line 2: 'version' must be 1; ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "sentence"),
+    [
+        ("version: 1\nrules: [\n", 3, "is not YAML"),
+        ("version: 1\nversion: 1\n", 2, "key 'version' is given twice"),
+        ("version: 1\n1: 1\n", 2, "a key is no string"),
+        ("version: 1\nrules: [*nothing]\n", 2, "is not YAML"),
+        ("version: 1\n\n\nrules: {}\n", 4, "'rules' must be a list"),
+        ("version: 1\n", 1, "'rules' must be a list"),
+        ("", None, "the policy must be a mapping"),
+        ("\n- 1\n", 2, "the policy must be a mapping"),
+    ],
+)
+def test_fault_of_the_whole_file_has_the_nearest_line(
+    path: Path, text: str, line: int | None, sentence: str
+) -> None:
+    path.write_text(text)
+
+    with pytest.raises(PolicyError) as caught:
+        load_policy(path)
+
+    [fault] = caught.value.faults
+    assert fault.line == line
+    assert sentence in fault
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ((), 2),
+        (("rules", 1), 4),
+        (("rules", 2), 3),  # of two: nothing stands there
+        (("rules", "a"), 3),  # a list has no keys
+        (("version", 0), 2),  # a scalar has no parts
+        (("rules", 1, "paths", 3), 6),
+    ],
+)
+def test_part_that_is_not_there_has_the_line_of_what_is_around_it(
+    path: Path, place: tuple[str | int, ...], line: int
+) -> None:
+    path.write_text("# comment\nversion: 1\nrules: [{name: a},\n  {\n  name: b,\n  paths: []}]\n")
+
+    assert PolicyDocument.read(path).line(place) == line
+
+
 def test_file_that_can_not_be_read(path: Path, tmp_path: Path) -> None:
     for unreadable in (path, tmp_path, tmp_path / "missing" / "policy.yaml"):
         with pytest.raises(PolicyError, match="can't be read"):
@@ -595,7 +753,8 @@ def test_replaced_file_of_the_same_size_and_time_is_seen(path: Path, tmp_path: P
     assert file.current.rules[0].paths == ("/b",)
 
 
-def test_good_file_after_a_broken_one_clears_the_error(path: Path) -> None:
+def test_good_file_after_a_broken_one_clears_the_error(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ztmtls.authz")
     path.write_text(GOOD)
     file = PolicyFile(path)
     path.unlink()
@@ -605,9 +764,14 @@ def test_good_file_after_a_broken_one_clears_the_error(path: Path) -> None:
 
     path.write_text(GOOD.replace("/a]", "/again]"))
 
+    error = file.last_error.detail
     assert file.reload_if_changed() is True
     assert file.last_error is None
     assert file.version == 2
+    assert caplog.messages == [
+        f"policy not reloaded, the last good one stays in force: {error}",
+        f"policy reloaded from {path}: 1 rules",
+    ]
 
 
 # -- Found by mutation: what nothing else held ----------------------------------------------------------

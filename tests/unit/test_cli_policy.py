@@ -98,23 +98,6 @@ def test_every_fault_has_its_line(tmp_path: Path) -> None:
     assert "'name' must be a non-empty string" in found[5][1]
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("version: 1\nrules: [\n", 3), ("version: 1\nversion: 1\n", 2), ("version: 1\n\n\nrules: {}\n", 4),
-        ("version: 1\n", 1), ("", None), ("- 1\n", 1), ("version: 1\nrules: [*nothing]\n", 2),
-    ],
-)  # fmt: skip
-def test_fault_of_the_whole_file_has_the_nearest_line(tmp_path: Path, text: str, line: int | None) -> None:
-    path = tmp_path / "policy.yaml"
-    path.write_text(text)
-
-    with pytest.raises(PolicyError) as caught:
-        load_policy(path)
-
-    assert caught.value.faults[0].line == line
-
-
 def test_name_used_twice_is_told_where_the_second_stands(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY.replace("name: writes", "name: reads"))

@@ -220,7 +220,8 @@ def test_trust_domain_is_read_from_its_name_or_its_id() -> None:
 
 def test_id_of_a_workload_does_not_pass_for_its_trust_domain() -> None:
     # Else `trust_domain("spiffe://td/orders")`, meant for one workload, would accept every one.
-    refused(TrustDomain.parse, "spiffe://zt.example/orders")
+    error = refused(TrustDomain.parse, "spiffe://zt.example/orders")
+    assert "spiffe://zt.example/orders" in error.detail
 
 
 @pytest.mark.parametrize(
@@ -239,8 +240,8 @@ def test_text_that_names_no_trust_domain(text: str) -> None:
     "path", ["/", "foo", "/foo/", "//foo", "/.", "/a/..", "/$", "$", "/a b", "/a\n", "foo/"]
 )
 def test_parts_are_checked_like_text(path: str) -> None:
-    with pytest.raises(InvalidSpiffeId):
-        SpiffeId(TrustDomain("zt.example"), path)
+    error = refused(lambda path: SpiffeId(TrustDomain("zt.example"), path), path)
+    assert error.detail.startswith("path ")
 
 
 def test_equal_ids_are_interchangeable_and_different_ones_are_not() -> None:

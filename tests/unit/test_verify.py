@@ -286,9 +286,7 @@ def test_leaf_that_breaks_the_profile(ca: CertificateAuthority, case: str) -> No
 
 
 def test_no_certificate_at_all(ca: CertificateAuthority) -> None:
-    with pytest.raises(PeerRefused) as caught:
-        verify_peer([], bundles(ca), NOON)
-    assert caught.value.reason is Reason.NO_CERTIFICATE
+    refused(dataclasses.replace(ca.issue(WORKLOAD), chain=()), bundles(ca), Reason.NO_CERTIFICATE)
 
 
 def test_extension_given_twice_is_malformed(ca: CertificateAuthority) -> None:
@@ -607,13 +605,22 @@ def test_expired_intermediate_is_said_to_be_expired(ca: CertificateAuthority) ->
     refused(svid, bundles(ca), Reason.EXPIRED, NOON + HOUR + SECOND)
 
 
-def test_chain_of_more_than_16_certificates(ca: CertificateAuthority) -> None:
-    leaf = ca.issue(WORKLOAD).leaf
+def test_intermediate_in_its_last_second_vouches_and_is_not_said_to_be_expired(
+    ca: CertificateAuthority, friend: CertificateAuthority
+) -> None:
+    middle = ca.subordinate(not_before=NOON - HOUR, not_after=NOON)
+    svid = ca.issue(WORKLOAD, authority=middle, not_after=NOON + HOUR)
+    assert accepted(svid, bundles(ca)).valid_until == NOON
 
-    assert verify_peer([leaf, *[ca.active.certificate] * 15], bundles(ca), NOON)
-    with pytest.raises(PeerRefused) as caught:
-        verify_peer([leaf, *[ca.active.certificate] * 16], bundles(ca), NOON)
-    assert caught.value.reason is Reason.CHAIN_TOO_LONG
+    refused(svid, bundle(friend.active.certificate), Reason.UNTRUSTED_AUTHORITY)
+
+
+def test_chain_of_more_than_16_certificates(ca: CertificateAuthority) -> None:
+    svid, root = ca.issue(WORKLOAD), ca.active.certificate
+
+    assert accepted(dataclasses.replace(svid, chain=(svid.leaf, *[root] * 15)), bundles(ca))
+    too_long = dataclasses.replace(svid, chain=(svid.leaf, *[root] * 16))
+    assert "16" in refused(too_long, bundles(ca), Reason.CHAIN_TOO_LONG).detail
 
 
 # -- Time -----------------------------------------------------------------------------------------------
@@ -666,11 +673,15 @@ def test_refusals_name_the_peer_and_the_moment(ca: CertificateAuthority) -> None
     expired = ca.issue(WORKLOAD, not_before=NOON - 2 * HOUR, not_after=NOON - HOUR)
     early = ca.issue(WORKLOAD, not_before=NOON + HOUR)
 
-    assert "2026-05-01T11:00:00Z" in refused(expired, bundles(ca), Reason.EXPIRED).detail
+    assert refused(expired, bundles(ca), Reason.EXPIRED).detail == (
+        f"the SVID of {WORKLOAD} expired at 2026-05-01T11:00:00Z"
+    )
     assert "2026-05-01T13:00:00Z" in refused(early, bundles(ca), Reason.NOT_YET_VALID).detail
     error = refused(ca.issue(WORKLOAD, is_ca=True), bundles(ca), Reason.LEAF_IS_CA)
     assert WORKLOAD in error.detail
     assert str(error) == f"leaf_is_ca: {error.detail}"
+    stranger = CertificateAuthority("zt.example", clock=ca.clock).issue(WORKLOAD)
+    assert WORKLOAD in refused(stranger, bundles(ca), Reason.UNTRUSTED_AUTHORITY).detail
 
 
 def test_verifying_again_gives_the_same_answer(ca: CertificateAuthority) -> None:

@@ -162,10 +162,14 @@ class PolicyError(Refusal, ValueError):
 class Decision:
     """What the policy says of one request. `rule` names the rule that allowed it, `reason` why not."""
 
-    allowed: bool
-    rule: str | None = None
+    rule: str | None
     reason: Reason | None = None
     detail: str = ""
+
+    @property
+    def allowed(self) -> bool:
+        """True when a rule allowed it."""
+        return self.rule is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +218,13 @@ class Policy:
         """
         by_method = self._index.get(caller)
         if by_method is None:
-            return Decision(False, None, Reason.CALLER_NOT_ALLOWED, f"no rule names {caller}")
+            return Decision(None, Reason.CALLER_NOT_ALLOWED, f"no rule names {caller}")
         segments = tuple(path[1:].split("/")) if path.startswith("/") else None
         if segments is not None:
             for template, rule in by_method.get(method, {}).get(len(segments), ()):
                 if _matches(template, segments):
-                    return Decision(True, rule)
+                    return Decision(rule)
         return Decision(
-            False,
             None,
             Reason.ROUTE_NOT_ALLOWED,
             f"no rule lets {caller} use {printable(method, 16)} {printable(path, 128)}",
@@ -247,7 +250,7 @@ def is_ambiguous(path: str, raw_path: bytes) -> bool:
     are not UTF-8, or what decoding a second time would change: a proxy, the policy and the router might each
     see another route, so such a request is refused before the policy is asked.
     """
-    raw = raw_path.split(b"?", 1)[0].lower()
+    raw = raw_path.partition(b"?")[0].lower()
     try:
         unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
@@ -262,10 +265,9 @@ def is_ambiguous(path: str, raw_path: bytes) -> bool:
 
 
 def _parse_rules(document: object) -> list[Rule]:
-    faults: list[Fault] = []
     if not isinstance(document, Mapping):
         raise PolicyError([Fault("the policy must be a mapping with 'version' and 'rules'")])
-    faults += [
+    faults = [
         Fault(f"unknown key '{printable(str(k))}'", (k,)) for k in document if k not in ("version", "rules")
     ]
     if document.get("version") != 1 or isinstance(document["version"], bool):
@@ -359,7 +361,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key = loader.construct_object(key_node)
         if not isinstance(key, str) or key in mapping:
             # Nothing but a string is shown: a list of lists of aliases would take for ever to print.
             shown = f"key '{printable(key)}' is given twice" if isinstance(key, str) else "a key is no string"
@@ -491,6 +493,6 @@ def authorize_request(
         raise NotAuthorized(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
     current = policy.current if isinstance(policy, PolicyFile) else policy
     decision = current.decide(caller, method, path)
-    if not decision.allowed or decision.rule is None:
+    if decision.rule is None:
         raise NotAuthorized(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
     return decision.rule

@@ -177,7 +177,8 @@ def _build_path(
     try:
         return verifier.verify(leaf, list(intermediates)).chain
     except (verification.VerificationError, *UNDECODABLE) as error:
-        expired = [c for c in intermediates if now >= c.not_valid_after_utc]
+        # An issuer still vouches in the last second of its validity (RFC 5280 section 4.1.2.5).
+        expired = [c for c in intermediates if now > c.not_valid_after_utc]
         raise PeerRefused(
             Reason.EXPIRED if expired else Reason.UNTRUSTED_AUTHORITY,
             f"no valid path from {peer_id} to an authority of {bundle.trust_domain}",

@@ -49,7 +49,7 @@ class Mismatch:
 def decide(policy: Policy, request: Request) -> Decision:
     """What the guard would decide, once the caller's certificate is verified."""
     if is_ambiguous(request.path, request.raw_path):
-        return Decision(False, None, Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
+        return Decision(None, Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
     return policy.decide(request.peer, request.method, request.path)
 
 
