@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.unit.resigned import resigned
 from ztmtls.ids import TrustDomain
 from ztmtls.reasons import Reason
 from ztmtls.svid import InvalidSvid, X509Bundle, X509Svid, certificates_from_der, serial_text
@@ -708,15 +709,6 @@ def test_leaf_whose_public_key_cannot_be_read_is_refused(ca: CertificateAuthorit
     numbers = good.key.public_key().public_numbers()
     assert isinstance(numbers, ec.EllipticCurvePublicNumbers)
     point = numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
-    body = good.leaf.tbs_certificate_bytes.replace(point, bytes(63) + b"\1")
-    signature = ca.active.key.sign(body, ec.ECDSA(hashes.SHA256()))
-    algorithm = bytes.fromhex("300a06082a8648ce3d040302")  # ecdsa-with-SHA256
-    leaf = x509.load_der_x509_certificate(_der(0x30, body + algorithm + _der(0x03, b"\0" + signature)))
+    leaf = x509.load_der_x509_certificate(resigned(ca, good.leaf, point, bytes(63) + b"\1"))
 
     refused(dataclasses.replace(good, chain=(leaf,)), bundles(ca), Reason.MALFORMED_CERTIFICATE)
-
-
-def _der(tag: int, content: bytes) -> bytes:
-    size = len(content)
-    octets = b"" if size < 0x80 else size.to_bytes(2, "big")
-    return bytes([tag, 0x80 | len(octets) if octets else size]) + octets + content
