@@ -676,6 +676,7 @@ def test_fault_of_the_whole_file_has_the_nearest_line(
 
     [fault] = caught.value.faults
     assert fault.line == line
+    assert fault.place == (("rules",) if "rules" in sentence and line else ())
     assert sentence in fault
 
 
