@@ -86,7 +86,7 @@ test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests wi
 .PHONY: coverage
 coverage: setup ## Run every test; lines and branches of ztmtls must be covered to 95 %
 	@.venv/bin/ztdev prepare
-	@rm -rf build/coverage; mkdir -p build/coverage
+	@rm -rf build/coverage; mkdir -p -m 1777 build/coverage # some tests run programs as nobody
 	@.venv/bin/coverage run -m pytest -q -n 2 --dist loadfile $(ALL_TESTS) $(ARGS)
 	@.venv/bin/coverage combine --quiet
 	@exec .venv/bin/coverage report
