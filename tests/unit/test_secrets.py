@@ -25,7 +25,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from ztmtls import secrets
+from ztmtls import aws_clients, aws_credentials, secrets
 from ztmtls.audit import AuditLog
 from ztmtls.reasons import Reason
 from ztmtls.secrets import CredentialsRefused, RotatingSecret, SecretError, WebIdentity
@@ -35,6 +35,7 @@ SECRET_ID = "zt-demo/orders/db"
 PASSWORD = "Zz-CANARY-%40/:#"
 SESSION_TOKEN = "session-CANARY-token"
 SECRET_KEY = "secret-CANARY-key"
+CREATED = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
 
 def token(subject: str = "system:serviceaccount:zt-demo:orders", number: int = 0) -> str:
@@ -76,6 +77,9 @@ class Aws:
     lifetime: float = 3600.0
     before_sts: Callable[[], object] = nothing
     before_secret: Callable[[], object] = nothing
+    before_describe: Callable[[], object] = nothing
+    rotation: dict[str, Any] = field(default_factory=dict)
+    descriptions: int = 0
     tokens: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -84,7 +88,11 @@ class Aws:
 
     def post(self, headers: Any, body: bytes) -> tuple[str, str]:
         if "X-Amz-Target" in headers:
-            return "application/x-amz-json-1.1", self._get_secret_value(headers, json.loads(body))
+            act = {
+                "secretsmanager.GetSecretValue": self._get_secret_value,
+                "secretsmanager.DescribeSecret": self._describe_secret,
+            }[headers["X-Amz-Target"]]
+            return "application/x-amz-json-1.1", act(headers, json.loads(body))
         return "text/xml", self._assume(parse_qs(body.decode()))
 
     def _assume(self, form: dict[str, list[str]]) -> str:
@@ -108,13 +116,24 @@ class Aws:
         assert request == {"SecretId": SECRET_ID, "VersionStage": "AWSCURRENT"}
         self.keys.append(found[1])
         self.times.append(time.monotonic())
-        answer: dict[str, Any] = {"Name": SECRET_ID, "VersionId": self.version, "VersionStages": self.stages}
+        answer: dict[str, Any] = {
+            "Name": SECRET_ID,
+            "VersionId": self.version,
+            "VersionStages": self.stages,
+            "CreatedDate": CREATED.timestamp(),
+        }
         if self.text is None:
             answer["SecretBinary"] = base64.b64encode(b"\x00\x01").decode()
         else:
             answer["SecretString"] = self.text
         self.before_secret()
         return json.dumps(answer)
+
+    def _describe_secret(self, headers: Any, request: dict[str, Any]) -> str:
+        assert request == {"SecretId": SECRET_ID}
+        self.descriptions += 1
+        self.before_describe()
+        return json.dumps({"Name": SECRET_ID} | self.rotation)
 
     def password_is(self, password: str, version: str) -> None:
         self.text = json.dumps({"username": "orders_app", "password": password})
@@ -184,7 +203,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "MIN_INTERVAL", 0.0)
     monkeypatch.setattr(secrets, "FIRST_RETRY", 0.05)
     monkeypatch.setattr(secrets, "LAST_RETRY", 0.1)
-    monkeypatch.setattr(secrets, "ATTEMPTS", 1)
+    monkeypatch.setattr(aws_clients, "ATTEMPTS", 1)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
 
@@ -439,7 +458,7 @@ async def test_credentials_are_renewed_before_they_expire(
 async def test_credentials_of_before_work_through_an_outage_of_sts(
     aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secrets, "_RENEW_AT", -1.0)
+    monkeypatch.setattr(aws_credentials, "RENEW_AT", -1.0)
     secret = make()
     await secret.refresh()
     aws.before_sts = raises(Fault(503, "ServiceUnavailable"))
@@ -678,7 +697,7 @@ async def test_callers_in_a_loop_do_not_hammer_aws(
 async def test_throttling_is_retried(
     aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secrets, "ATTEMPTS", 2)
+    monkeypatch.setattr(aws_clients, "ATTEMPTS", 2)
 
     def throttle_first() -> None:
         if len(aws.keys) == 1:
@@ -693,7 +712,7 @@ async def test_throttling_is_retried(
 async def test_an_aws_that_does_not_answer_is_given_up_and_never_blocks_the_loop(
     aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secrets, "READ_TIMEOUT", 1.0)
+    monkeypatch.setattr(aws_clients, "READ_TIMEOUT", 1.0)
     asked, release = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -862,21 +881,81 @@ async def test_the_audit_log_tells_versions_and_refusals_once(
 async def test_the_status_page_shows_version_age_and_source(
     aws: Aws, make: Callable[..., RotatingSecret]
 ) -> None:
-    secret = make()
+    secret = make(max_age=60)
     assert secret.status()["state"] == "starting"
     assert await secret.check() == "no secret has been fetched yet"
+    before = datetime.now(UTC)
     await secret.get()
 
     status = secret.status()
 
     assert status["age_seconds"] < 5
+    fetched, refresh = (datetime.fromisoformat(status[name]) for name in ("fetched_at", "next_refresh_at"))
+    assert before - timedelta(milliseconds=1) <= fetched <= datetime.now(UTC)
+    assert timedelta(seconds=47) < refresh - fetched < timedelta(seconds=61)
     assert {
-        name: status[name] for name in ("state", "secret_id", "version", "last_error", "role_arn", "source")
+        name: status[name]
+        for name in ("state", "secret_id", "version", "created_at", "last_error", "role_arn", "source")
     } == {
         "state": "serving",
         "secret_id": SECRET_ID,
         "version": "v1",
+        "created_at": "2026-03-01T12:30:00.000+00:00",
         "last_error": None,
         "role_arn": ROLE,
         "source": "web identity",
     }
+
+
+def rotation(status: dict[str, Any]) -> list[Any]:
+    return [status[name] for name in ("rotation_enabled", "last_rotated_at", "next_rotation_at")]
+
+
+async def test_the_status_page_shows_when_the_secret_is_rotated(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.rotation = {
+        "RotationEnabled": True,
+        "LastRotatedDate": CREATED.timestamp(),
+        "NextRotationDate": (CREATED + timedelta(days=1)).timestamp(),
+    }
+    secret = make()
+    assert rotation(secret.status()) == [None, None, None]
+    await secret.get()
+
+    await eventually(lambda: secret.status()["rotation_enabled"] is True)
+    assert rotation(secret.status()) == [
+        True,
+        "2026-03-01T12:30:00.000+00:00",
+        "2026-03-02T12:30:00.000+00:00",
+    ]
+    for _ in range(3):
+        await secret.refresh()
+    assert aws.descriptions == 1  # it changes with the version, and otherwise hardly ever
+
+    aws.password_is("new", "v2")
+    aws.rotation = {"RotationEnabled": False}
+    await secret.refresh()
+    await eventually(lambda: rotation(secret.status()) == [False, None, None])
+
+
+async def test_a_role_that_may_not_ask_for_the_schedule_reads_the_secret_all_the_same(
+    aws: Aws, make: Callable[..., RotatingSecret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "SCHEDULE_AGE", 0.0)
+    aws.rotation = {"RotationEnabled": True}
+    secret = make()
+    await secret.get()
+    await eventually(lambda: secret.status()["rotation_enabled"] is True)
+    asked = aws.descriptions
+    aws.before_describe = raises(Fault(500, "InternalServiceError"))
+    await secret.refresh()
+    await eventually(lambda: aws.descriptions > asked)
+    assert secret.status()["rotation_enabled"] is True  # as far as is known
+
+    aws.before_describe = raises(Fault(400, "AccessDeniedException"))
+    await secret.refresh()
+
+    await eventually(lambda: secret.status()["rotation_enabled"] is None)
+    status = secret.status()
+    assert (status["state"], status["last_error"]) == ("serving", None)

@@ -96,7 +96,10 @@ class CalleeSettings(ServiceSettings):
 
 
 class DatabaseSettings(BaseSettings):
-    """The database, and how its credentials are fetched: from Secrets Manager, by web identity."""
+    """The database, and how its credentials are fetched: from Secrets Manager, with this workload's role.
+
+    That role comes by IRSA or by EKS Pod Identity: `ztmtls.secrets.identity_from_env` reads the variables.
+    """
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -105,11 +108,7 @@ class DatabaseSettings(BaseSettings):
     db_name: str = Field(min_length=1, description="name of the database")
     db_ca_file: ExistingFile = Field(description="PEM file with the CA of the database's certificate")
     db_secret_id: str = Field(min_length=1, description="name or ARN of the secret with user and password")
-    aws_role_arn: str = Field(min_length=1, description="role to assume; IRSA sets it")
-    aws_web_identity_token_file: Path = Field(
-        description="file with the service account's token; IRSA sets it"
-    )
-    aws_region: str = Field(min_length=1, description="AWS region; IRSA sets it")
+    aws_region: str = Field(min_length=1, description="AWS region; EKS sets it")
     aws_endpoint_url: str | None = Field(None, description="another address for the AWS APIs")
 
     # The extras `database` and `aws` are for services that have a database.
@@ -121,13 +120,13 @@ class DatabaseSettings(BaseSettings):
         return DatabaseTarget(self.db_host, self.db_port, self.db_name, self.db_ca_file)
 
     def database_secret(self, audit: AuditLog) -> RotatingSecret:
-        """The login, not fetched yet. Raises `ztmtls.secrets.CredentialsRefused` for other AWS credentials
-        in the environment."""
-        from .secrets import RotatingSecret, WebIdentity
+        """The login, not fetched yet. Raises `ztmtls.secrets.CredentialsRefused` when the environment offers
+        no AWS identity, or other credentials beside it."""
+        from .secrets import RotatingSecret, identity_from_env
 
         return RotatingSecret(
             self.db_secret_id,
-            WebIdentity.from_env(),
+            identity_from_env(),
             endpoint_url=self.aws_endpoint_url,
             audit=audit,
         )
