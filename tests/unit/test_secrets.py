@@ -12,23 +12,31 @@ import pickle
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from ztmtls import aws_clients, aws_credentials, secrets
 from ztmtls.audit import AuditLog
 from ztmtls.reasons import Reason
-from ztmtls.secrets import CredentialsRefused, RotatingSecret, SecretError, WebIdentity
+from ztmtls.secrets import (
+    CredentialsRefused,
+    PodIdentity,
+    RotatingSecret,
+    SecretError,
+    WebIdentity,
+    identity_from_env,
+)
 
 ROLE = "arn:aws:iam::111122223333:role/zt-demo-orders"
 SECRET_ID = "zt-demo/orders/db"
@@ -67,7 +75,8 @@ def nothing() -> None:
 
 @dataclass
 class Aws:
-    """STS, Secrets Manager and the metadata service of an instance, with knobs and counters."""
+    """STS, Secrets Manager, the EKS Pod Identity Agent and an instance's metadata service, with knobs and
+    counters."""
 
     version: str = "v1"
     text: str | None = field(
@@ -76,6 +85,7 @@ class Aws:
     stages: tuple[str, ...] = ("AWSCURRENT",)
     lifetime: float = 3600.0
     before_sts: Callable[[], object] = nothing
+    before_agent: Callable[[], object] = nothing
     before_secret: Callable[[], object] = nothing
     before_describe: Callable[[], object] = nothing
     rotation: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +93,7 @@ class Aws:
     tokens: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    agent_tokens: list[str] = field(default_factory=list)
     metadata_calls: int = 0
     url: str = ""
 
@@ -107,6 +118,22 @@ class Aws:
             f"<SecretAccessKey>{SECRET_KEY}</SecretAccessKey><SessionToken>{SESSION_TOKEN}</SessionToken>"
             f"<Expiration>{expires}</Expiration></Credentials>"
             "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        )
+
+    def agent(self, headers: Any) -> str:
+        """What the agent answers, as its API says: no role in it."""
+        self.agent_tokens.append(headers["Authorization"])
+        self.before_agent()
+        return json.dumps(
+            {
+                "AccessKeyId": f"ASIAAGENT{len(self.agent_tokens):06}",
+                "SecretAccessKey": SECRET_KEY,
+                "Token": SESSION_TOKEN,
+                "AccountId": "111122223333",
+                "Expiration": (datetime.now(UTC) + timedelta(seconds=self.lifetime))
+                .isoformat()
+                .replace("+00:00", "Z"),
+            }
         )
 
     def _get_secret_value(self, headers: Any, request: dict[str, Any]) -> str:
@@ -165,6 +192,12 @@ def aws() -> Iterator[Aws]:
             self._send(status, kind, text)
 
         def do_GET(self) -> None:
+            if self.path == "/v1/credentials":
+                try:
+                    self._send(200, "application/json", state.agent(self.headers))
+                except Fault as fault:
+                    self._send(fault.status, "text/plain", fault.code)
+                return
             state.metadata_calls += 1
             self._send(200, "text/plain", "a-broad-role")
 
@@ -174,6 +207,8 @@ def aws() -> Iterator[Aws]:
         def _send(self, status: int, kind: str, text: str) -> None:
             content = text.encode()
             self.send_response(status)
+            if status == 307:
+                self.send_header("Location", text)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -221,11 +256,18 @@ def identity(aws: Aws, token_file: Path) -> WebIdentity:
 
 
 @pytest.fixture
+def pod(aws: Aws, token_file: Path) -> PodIdentity:
+    return PodIdentity(
+        "127.0.0.1", urlsplit(aws.url).port or 0, "/v1/credentials", token_file, "eu-central-1"
+    )
+
+
+@pytest.fixture
 def make(aws: Aws, identity: WebIdentity) -> Iterator[Callable[..., RotatingSecret]]:
     made: list[RotatingSecret] = []
 
-    def factory(**options: Any) -> RotatingSecret:
-        made.append(RotatingSecret(SECRET_ID, identity, endpoint_url=aws.url, **options))
+    def factory(who: WebIdentity | PodIdentity = identity, **options: Any) -> RotatingSecret:
+        made.append(RotatingSecret(SECRET_ID, who, endpoint_url=aws.url, **options))
         return made[-1]
 
     yield factory
@@ -277,16 +319,228 @@ def test_web_identity_comes_from_the_variables_of_irsa(token_file: Path) -> None
         "AWS_DEFAULT_PROFILE",
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN",
     ],
 )
-def test_other_credentials_beside_the_web_identity_are_refused(token_file: Path, name: str) -> None:
-    assert WebIdentity.from_env(irsa(token_file))
+@pytest.mark.parametrize("offered", ["IRSA", "EKS Pod Identity"])
+def test_other_credentials_beside_the_identity_are_refused(token_file: Path, name: str, offered: str) -> None:
+    environment = irsa(token_file) if offered == "IRSA" else pod_identity(token_file)
+    assert identity_from_env(environment)
 
     with pytest.raises(CredentialsRefused, match=f"{name} is set.*Unset it") as refused:
-        WebIdentity.from_env(irsa(token_file, **{name: "CANARY"}))
+        identity_from_env(environment | {name: "CANARY"})
 
     assert refused.value.reason is Reason.WEB_IDENTITY_CONFLICT
     assert "CANARY" not in str(refused.value)
+
+
+# -- EKS Pod Identity
+
+
+AGENT = "http://169.254.170.23/v1/credentials"
+
+
+def pod_identity(token_file: Path, **more: str) -> dict[str, str]:
+    return {
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": AGENT,
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token_file),
+        "AWS_REGION": "eu-central-1",
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        (AGENT, ("169.254.170.23", 80, "/v1/credentials")),
+        ("http://[fd00:ec2::23]/v1/credentials", ("fd00:ec2::23", 80, "/v1/credentials")),
+        ("http://127.0.0.1:8080", ("127.0.0.1", 8080, "/")),
+        ("http://[::1]:8080/a?b=c", ("::1", 8080, "/a?b=c")),
+    ],
+)
+def test_pod_identity_comes_from_the_variables_of_eks(
+    token_file: Path, uri: str, address: tuple[str, int, str]
+) -> None:
+    identity = identity_from_env(pod_identity(token_file, AWS_CONTAINER_CREDENTIALS_FULL_URI=uri))
+
+    assert identity == PodIdentity(*address, token_file, "eu-central-1")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://169.254.170.2/v2/credentials",  # an ECS task's role
+        "http://169.254.169.254/latest/meta-data/iam/security-credentials/node",  # the node's role
+        "http://[fd00:ec2::254]/latest/meta-data/",
+        "http://10.0.0.7/v1/credentials",
+        "http://agent.example/v1/credentials",
+        "http://localhost/v1/credentials",  # a name: whoever answers for it
+        "http://169.254.170.23.agent.example/v1/credentials",
+        "http://169.254.170.23@agent.example/v1/credentials",
+        "http://user@169.254.170.23/v1/credentials",
+        "https://169.254.170.23/v1/credentials",
+        "ftp://169.254.170.23/v1/credentials",
+        "http://169.254.170.23:0x50/v1/credentials",
+        "http://169.254.170.23/v1\r\nX-Header: y",
+        "http://[::1/v1",
+        "http://0.0.0.0/v1",
+        "//169.254.170.23/v1",
+        "169.254.170.23",
+    ],
+)
+@pytest.mark.parametrize("offered", ["alone", "beside IRSA"])
+def test_no_token_is_shown_to_anybody_but_the_agent_of_eks(token_file: Path, uri: str, offered: str) -> None:
+    beside = irsa(token_file) if offered == "beside IRSA" else {}
+    assert identity_from_env(pod_identity(token_file, **beside))
+
+    with pytest.raises(CredentialsRefused, match="AWS_CONTAINER_CREDENTIALS_FULL_URI") as refused:
+        identity_from_env(pod_identity(token_file, **beside, AWS_CONTAINER_CREDENTIALS_FULL_URI=uri))
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_CONFLICT
+
+
+def test_web_identity_comes_first_when_both_are_offered_and_the_log_names_it(
+    token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    assert isinstance(identity_from_env(pod_identity(token_file)), PodIdentity)
+    assert "AWS credentials by pod identity" in caplog.text
+    assert isinstance(identity_from_env(irsa(token_file)), WebIdentity)
+    assert f"AWS credentials by web identity: {ROLE}\n" in caplog.text
+    assert isinstance(identity_from_env(irsa(token_file, **pod_identity(token_file))), WebIdentity)
+    assert f"{ROLE}; EKS Pod Identity is offered too, and not used" in caplog.text
+
+
+def test_half_of_irsa_does_not_fall_through_to_pod_identity(token_file: Path) -> None:
+    assert identity_from_env(pod_identity(token_file))
+
+    with pytest.raises(CredentialsRefused, match="AWS_WEB_IDENTITY_TOKEN_FILE not set"):
+        identity_from_env(pod_identity(token_file, AWS_ROLE_ARN=ROLE))
+
+
+@pytest.mark.parametrize(
+    "absent", ["AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_REGION"]
+)
+def test_half_of_pod_identity_is_refused_and_the_variable_named(token_file: Path, absent: str) -> None:
+    environment = {name: value for name, value in pod_identity(token_file).items() if name != absent}
+
+    with pytest.raises(CredentialsRefused, match=absent) as refused:
+        identity_from_env(environment)
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_MISSING
+
+
+async def test_a_pod_identity_reads_the_secret_with_the_agents_credentials(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity
+) -> None:
+    stream = io.StringIO()
+    secret = make(pod, audit=AuditLog("orders", stream))
+
+    assert (await secret.get())["password"] == PASSWORD
+
+    assert aws.keys == ["ASIAAGENT000001"]
+    assert aws.agent_tokens == [token()]
+    assert aws.tokens == []
+    assert aws.metadata_calls == 0
+    status = secret.status()
+    assert (status["source"], status["role_arn"]) == ("pod identity", None)
+    assert json.loads(stream.getvalue())["source"] == "pod identity"
+
+
+async def test_the_token_for_the_agent_is_read_again_at_each_renewal(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, token_file: Path
+) -> None:
+    aws.lifetime = 0.05
+    secret = make(pod)
+    await secret.refresh()
+    token_file.write_text(token(number=1))
+
+    deadline = time.monotonic() + 5
+    while aws.agent_tokens[-1] != token(number=1):
+        assert time.monotonic() < deadline, "the credentials expired"
+        await secret.refresh()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+async def test_an_agent_that_refuses_says_what_to_check_and_not_the_token(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, status: int
+) -> None:
+    assert await make(pod).get()
+    aws.before_agent = raises(Fault(status, "CANARY, not found"))
+
+    with pytest.raises(CredentialsRefused, match=r"association.*system:serviceaccount") as refused:
+        await make(pod).get()
+
+    assert refused.value.reason is Reason.WEB_IDENTITY_REFUSED
+    assert "CANARY" not in str(refused.value)
+    assert aws.metadata_calls == 0
+
+
+@pytest.mark.parametrize("fault", [Fault(429, "slow down"), Fault(500, "CANARY"), Fault(307, "/elsewhere")])
+async def test_an_agent_in_trouble_is_waited_for_and_nobody_else_is_asked(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, fault: Fault
+) -> None:
+    aws.before_agent = raises(fault)
+    async with make(pod) as secret:
+        await eventually(lambda: secret.status()["last_error"] == "secret_unavailable")
+        assert "CANARY" not in str(secret.status())
+        assert (aws.metadata_calls, aws.tokens, aws.keys) == (0, [], [])
+        aws.before_agent = nothing
+
+        await eventually(lambda: secret.status()["state"] == "serving")
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "CANARY", "[]", '{"AccessKeyId": "CANARY"}', "[" * 60_000, "x" * 100_000]
+)
+async def test_an_answer_of_the_agent_without_credentials_is_refused(
+    aws: Aws,
+    make: Callable[..., RotatingSecret],
+    pod: PodIdentity,
+    answer: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert await make(pod).get()
+    monkeypatch.setattr(aws, "agent", lambda _: answer)
+
+    with pytest.raises(SecretError, match="EKS Pod Identity Agent") as refused:
+        await make(pod).get()
+
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+    assert "CANARY" not in str(refused.value)
+
+
+async def test_an_agent_that_is_not_there_is_said(
+    make: Callable[..., RotatingSecret], pod: PodIdentity
+) -> None:
+    assert await make(pod).get()
+
+    with pytest.raises(SecretError, match="ConnectionRefusedError"):
+        await make(replace(pod, port=1)).get()
+
+
+async def test_an_agent_that_hangs_is_given_up(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aws_clients, "READ_TIMEOUT", 0.2)
+    assert await make(pod).get()
+    release = threading.Event()
+    aws.before_agent = lambda: release.wait(10)
+
+    with pytest.raises(SecretError, match="TimeoutError"):
+        await make(pod).get()
+    release.set()
+
+
+async def test_the_token_goes_through_no_proxy(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    assert (await make(pod).get())["password"] == PASSWORD
+    assert (await make().get())["password"] == PASSWORD
 
 
 @pytest.mark.parametrize("absent", [{"AWS_ROLE_ARN"}, {"AWS_WEB_IDENTITY_TOKEN_FILE"}, {"AWS_REGION"}])
@@ -299,9 +553,9 @@ def test_a_missing_variable_is_named(token_file: Path, absent: set[str]) -> None
     assert refused.value.reason is Reason.WEB_IDENTITY_MISSING
 
 
-def test_without_irsa_the_start_is_refused_with_what_to_do() -> None:
+def test_without_an_identity_the_start_is_refused_with_what_to_do() -> None:
     with pytest.raises(CredentialsRefused, match=r"IRSA was not injected.*role-arn.*delete the pod"):
-        WebIdentity.from_env({})
+        identity_from_env({"AWS_REGION": "eu-central-1"})
 
 
 def test_a_role_that_is_no_role_is_refused(token_file: Path) -> None:
@@ -312,9 +566,10 @@ def test_a_role_that_is_no_role_is_refused(token_file: Path) -> None:
 def test_a_token_file_that_is_missing_or_empty_is_refused(token_file: Path) -> None:
     with pytest.raises(CredentialsRefused, match="does not exist"):
         WebIdentity.from_env(irsa(token_file.with_name("none")))
-    token_file.write_text("\n")
-    with pytest.raises(CredentialsRefused, match="empty"):
-        WebIdentity.from_env(irsa(token_file))
+    for text, why in (("\n", "empty"), ("x" * 30_000, "too large"), ("a\r\nb: c", "more than a token")):
+        token_file.write_text(text)
+        with pytest.raises(CredentialsRefused, match=why):
+            WebIdentity.from_env(irsa(token_file))
 
 
 def test_a_newline_after_the_token_does_no_harm(token_file: Path) -> None:
@@ -850,6 +1105,37 @@ async def test_nothing_secret_is_ever_told(
 
     everything = "\n".join([*told, audit.getvalue(), caplog.text])
     assert "secret_denied" in everything
+    assert "CANARY" not in everything
+
+
+@pytest.mark.parametrize("by", ["web identity", "pod identity"])
+async def test_no_frame_of_a_refusal_holds_a_secret(
+    aws: Aws, make: Callable[..., RotatingSecret], pod: PodIdentity, identity: WebIdentity, by: str
+) -> None:
+    """Reporters of errors show the variables of each frame."""
+    secret = make(identity if by == "web identity" else pod)
+    await secret.get()
+    shown: list[str] = []
+
+    async def provoke() -> None:
+        with pytest.raises(SecretError) as refused:
+            await secret.refresh()
+        assert refused.value.__cause__ is refused.value.__context__ is None
+        report = traceback.TracebackException.from_exception(refused.value, capture_locals=True)
+        shown.extend(report.format())
+
+    for text in ('{"username": "CANARY"}', '"CANARY', '{"username": "u", "password": ["CANARY"]}'):
+        aws.text = text
+        await provoke()
+    aws.before_secret = raises(Fault(400, "AccessDeniedException"))
+    await provoke()
+    aws.before_secret = raises(Fault(400, "ExpiredTokenException"))
+    aws.before_sts = aws.before_agent = raises(Fault(403, "AccessDenied"))
+    await provoke()
+
+    everything = "".join(shown)
+    assert "secret_malformed" in everything
+    assert "web_identity_refused" in everything
     assert "CANARY" not in everything
 
 
