@@ -28,6 +28,7 @@ from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.metrics import Collector
 from ztmtls.reasons import Reason
+from ztmtls.secrets import SecretState
 from ztmtls.settings import CalleeSettings
 from ztmtls.source import SourceState
 from ztmtls.testing import calling_as
@@ -189,6 +190,7 @@ def test_every_reason_is_explained_once() -> None:
 
 def test_every_state_is_explained() -> None:
     assert first_column("States of a source") == list(SourceState)
+    assert first_column("States of a secret") == list(SecretState)
 
 
 def test_every_metric_is_explained() -> None:

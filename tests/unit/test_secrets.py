@@ -25,9 +25,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ztmtls import aws_clients, aws_credentials, secrets
 from ztmtls.audit import AuditLog
+from ztmtls.metrics import Collector
 from ztmtls.reasons import Reason
 from ztmtls.secrets import (
     CredentialsRefused,
@@ -716,12 +718,15 @@ async def test_credentials_of_before_work_through_an_outage_of_sts(
     monkeypatch.setattr(aws_credentials, "RENEW_AT", -1.0)
     secret = make()
     await secret.refresh()
+    await eventually(lambda: aws.descriptions == 1)
+    issued = len(aws.tokens)
     aws.before_sts = raises(Fault(503, "ServiceUnavailable"))
 
-    await secret.refresh()
+    for _ in range(3):
+        await secret.refresh()
 
-    assert len(aws.tokens) > 1
-    assert aws.keys[-1] == "ASIAISSUED000001"
+    assert aws.keys[-3:] == [f"ASIAISSUED{issued:06}"] * 3
+    assert len(aws.tokens) == issued + 1  # STS is not asked again at once
 
 
 @pytest.mark.parametrize(
@@ -1245,3 +1250,35 @@ async def test_a_role_that_may_not_ask_for_the_schedule_reads_the_secret_all_the
     await eventually(lambda: secret.status()["rotation_enabled"] is None)
     status = secret.status()
     assert (status["state"], status["last_error"]) == ("serving", None)
+
+
+async def test_the_metrics_tell_state_version_age_and_the_last_error(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.rotation = {"RotationEnabled": True, "NextRotationDate": (CREATED + timedelta(days=1)).timestamp()}
+    secret = make()
+    registry = CollectorRegistry()
+    registry.register(Collector(None, None, secret))
+
+    def told(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"ztmtls_secret_{name}", {"secret_id": SECRET_ID, **labels})
+
+    assert told("state", state="starting") == 1
+    assert told("fetched_timestamp_seconds") is None
+    await secret.get()
+    await eventually(lambda: told("next_rotation_timestamp_seconds") is not None)
+
+    assert (told("state", state="starting"), told("state", state="serving")) == (0, 1)
+    assert told("version", version="v1") == 1
+    assert told("fetched_timestamp_seconds") == pytest.approx(time.time(), abs=5)
+    assert told("created_timestamp_seconds") == CREATED.timestamp()
+    assert told("next_rotation_timestamp_seconds") == (CREATED + timedelta(days=1)).timestamp()
+    assert told("last_error", reason="secret_denied") is None
+
+    aws.before_secret = raises(Fault(400, "AccessDeniedException"))
+    with pytest.raises(SecretError):
+        await secret.refresh()
+
+    assert told("state", state="degraded") == 1
+    assert told("last_error", reason="secret_denied") == 1
+    assert (told("reads_total", outcome="ok"), told("reads_total", outcome="secret_denied")) == (1, 1)

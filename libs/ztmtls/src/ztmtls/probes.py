@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -22,6 +22,9 @@ from .listen import PlainServer, bind
 from .live import LiveConnections
 from .metrics import Collector
 from .source import NoIdentity, Source, SourceState
+
+if TYPE_CHECKING:  # it needs an extra of its own
+    from .secrets import RotatingSecret
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Probes:
         *,
         source: Source | None = None,
         audit: AuditLog | None = None,
+        secret: RotatingSecret | None = None,
     ) -> None:
         self.host = host
         self.port = port
@@ -55,7 +59,7 @@ class Probes:
         self.draining = False
         self._source = source
         self._registry = CollectorRegistry()
-        self._collector = Collector(source, audit)
+        self._collector = Collector(source, audit, secret)
         self._registry.register(self._collector)
         self._server: PlainServer | None = None
 

@@ -48,6 +48,7 @@ async def serve(settings: Settings) -> None:
         {"credentials": secret.check, "database": health.check},
         source=source,
         audit=audit,
+        secret=secret,
     )
 
     async def status_report() -> dict[str, Any]:
