@@ -10,7 +10,7 @@ import secrets
 import signal
 import string
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class LocalCloud:
         rotation: the function to deploy; None deploys none.
         template: the stack to deploy; by default infra/workload.yaml of the checkout.
         environment_dir: the child's Python environment; by default `aws-env` next to `state_dir`.
+        proxies: ports of 127.0.0.1 at which something stands before it: it answers to these, too. (What a
+            client signs holds the address that it knows.)
         on_process: told the child's process, so that a supervisor can record it.
     """
 
@@ -108,6 +110,7 @@ class LocalCloud:
         rotation: RotationFunction | None = None,
         template: Path | None = None,
         environment_dir: Path | None = None,
+        proxies: Collection[int] = (),
         on_process: Callable[[ProcessRef], None] = lambda _: None,
     ) -> None:
         self._state_dir = state_dir.absolute()
@@ -118,6 +121,7 @@ class LocalCloud:
         self._rotation = rotation
         self._template = template or default_template()
         self._environment_dir = environment_dir or self._state_dir.with_name("aws-env")
+        self._proxies = proxies
         self._on_process = on_process
         self._admin = _Admin.random()
         self._process: asyncio.subprocess.Process | None = None
@@ -272,7 +276,11 @@ class LocalCloud:
         return {
             "host": "127.0.0.1",
             "port": self._port,
-            "hosts": [f"127.0.0.1:{self._port}", f"localhost:{self._port}"],
+            "hosts": [
+                f"127.0.0.1:{self._port}",
+                f"localhost:{self._port}",
+                *(f"127.0.0.1:{port}" for port in self._proxies),
+            ],
             "account_id": self.account_id,
             "region": self.region,
             "admin": {"access_key_id": self._admin.key_id, "secret_access_key": self._admin.secret},

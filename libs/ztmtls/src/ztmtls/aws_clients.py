@@ -12,13 +12,18 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import CredentialResolver
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
-from .reasons import printable
+from .aws_identity import SecretError
+from .reasons import Reason, printable
 
 #: Seconds to reach AWS, and to wait for its answer. Calls are tried twice (botocore's standard retry mode,
 #: which also waits out throttling).
 CONNECT_TIMEOUT, READ_TIMEOUT, ATTEMPTS = 3.0, 5.0, 2
+
+#: What a client raises when AWS did not answer, or answered what cannot be read.
+NO_ANSWER = (BotoCoreError, ResponseParserError)
 
 
 class Clients:
@@ -89,3 +94,8 @@ def _keep_bodies_out_of_logs() -> None:
 def error_code(error: ClientError) -> str:
     """What AWS calls its refusal."""
     return printable(str(error.response.get("Error", {}).get("Code", "unknown")), 64)
+
+
+def no_answer(service: str, what: str) -> SecretError:
+    """``secret_unavailable``: try again later."""
+    return SecretError(Reason.SECRET_UNAVAILABLE, f"{service} gave no answer to work with ({what})")

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from . import aws_clients
-from .aws_clients import Clients, error_code
+from .aws_clients import NO_ANSWER, Clients, error_code, no_answer
 from .aws_identity import CredentialsRefused, PodIdentity, SecretError, WebIdentity
 from .reasons import Reason, printable
 
@@ -103,16 +103,19 @@ class _Sts:
             )
         except ClientError as error:
             raise self._explain(error_code(error), token) from None
-        except BotoCoreError as error:
+        except NO_ANSWER as error:
             raise no_answer("STS", type(error).__name__) from None
-        issued = answer["Credentials"]
-        return Credentials(
-            access_key=issued["AccessKeyId"],
-            secret_key=issued["SecretAccessKey"],
-            token=issued["SessionToken"],
-            asked_at=asked_at,
-            expires_at=asked_at + _lifetime(issued["Expiration"]),
-        )
+        try:
+            issued = answer["Credentials"]
+            return Credentials(
+                access_key=issued["AccessKeyId"],
+                secret_key=issued["SecretAccessKey"],
+                token=issued["SessionToken"],
+                asked_at=asked_at,
+                expires_at=asked_at + _lifetime(issued["Expiration"]),
+            )
+        except KeyError:
+            raise no_answer("STS", "no credentials in it") from None
 
     def _explain(self, code: str, token: str) -> SecretError:
         role = self._identity.role_arn
@@ -181,11 +184,6 @@ class _Agent:
         except (ValueError, RecursionError):
             document = None
         return document if isinstance(document, dict) else {}
-
-
-def no_answer(service: str, what: str) -> SecretError:
-    """``secret_unavailable``: try again later."""
-    return SecretError(Reason.SECRET_UNAVAILABLE, f"{service} gave no answer to work with ({what})")
 
 
 def _lifetime(expires: datetime) -> float:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
-from .aws_clients import Clients, error_code
-from .aws_credentials import Credentials, RoleCredentials, no_answer
+from .aws_clients import NO_ANSWER, Clients, error_code, no_answer
+from .aws_credentials import Credentials, RoleCredentials
 from .aws_identity import CredentialsRefused, PodIdentity, SecretError, WebIdentity
 from .reasons import Reason
 from .secret_value import SecretValue, parse
@@ -59,6 +59,8 @@ class SecretReader:
     def read(self) -> SecretValue:
         """The version that is AWSCURRENT. Raises SecretError."""
         answer = self._call("GetSecretValue", VersionStage="AWSCURRENT")
+        if not answer.keys() & {"SecretString", "SecretBinary"}:  # cut off, and botocore took it for whole
+            raise no_answer("Secrets Manager", "no secret in it")
         return parse(answer, self._required, self._secret_id)
 
     def schedule(self) -> RotationSchedule:
@@ -88,7 +90,7 @@ class SecretReader:
             answer: dict[str, Any] = operation[action](SecretId=self._secret_id, **parameters)
         except ClientError as error:
             raise self._explain(action, error_code(error)) from None
-        except BotoCoreError as error:
+        except NO_ANSWER as error:
             raise no_answer("Secrets Manager", type(error).__name__) from None
         return answer
 
