@@ -19,16 +19,23 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import botocore.session
 import pytest
 import pytest_asyncio
 from botocore import UNSIGNED
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
@@ -323,6 +330,39 @@ def signed_with_public_key(aws: Aws, claims: Mapping[str, Any]) -> str:
     return f"{signed}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
 
 
+def signed_by_issuer(aws: Aws, claims: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+    """By the issuer's real key, over a header of our choice: a faulty issuer's, or a library's surprise."""
+    key = aws.issuer._key
+    assert key is not None
+    fields = {"alg": "RS256", "kid": key.kid, **header}
+    signed = f"{part({name: value for name, value in fields.items() if value is not None})}.{part(claims)}"
+    private: Any = key.private_key
+    signature = private.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
+    return f"{signed}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
+
+
+def with_own_key(aws: Aws, claims: Mapping[str, Any], how: str) -> str:
+    """A stranger's signature, with the stranger's key in the header (RFC 8725 §3.10)."""
+    key = RSAKey.generate_key(2048)
+    own = key.as_dict(private=False) if how == "jwk" else aws.issuer.url + "/own-keys"
+    kid = json.loads(base64.urlsafe_b64decode(aws.issuer.token("zt-demo", "orders").partition(".")[0] + "=="))
+    header = {"alg": "RS256", "kid": kid["kid"], how: own}
+    signed = f"{part(header)}.{part(claims)}"
+    private: Any = key.private_key
+    signature = private.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
+    return f"{signed}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
+
+
+def renamed_algorithm(aws: Aws, algorithm: str) -> str:
+    head, claims, signature = aws.issuer.token("zt-demo", "orders").split(".")
+    header = json.loads(base64.urlsafe_b64decode(head + "=="))
+    return f"{part(header | {'alg': algorithm})}.{claims}.{signature}"
+
+
+def nested() -> str:
+    return base64.urlsafe_b64encode(b"[" * 12_000).decode().rstrip("=")
+
+
 def tampered(aws: Aws) -> str:
     """The token of payments with the claims of orders."""
     head, _, signature = aws.issuer.token("zt-demo", "payments").split(".")
@@ -380,6 +420,30 @@ TOKENS: dict[str, tuple[Callable[[Aws], str], str]] = {
         lambda a: a.issuer.sign(a.claims(iss=a.issuer.url.replace("https", "http"))),
         "InvalidIdentityToken",
     ),
+    "expiry that is no number": (lambda a: a.issuer.sign(a.claims(exp=float("nan"))), "InvalidIdentityToken"),
+    "expiry that never comes": (lambda a: a.issuer.sign(a.claims(exp=float("inf"))), "InvalidIdentityToken"),
+    "expiry as a truth": (lambda a: a.issuer.sign(a.claims(exp=True)), "InvalidIdentityToken"),
+    "brings its own key": (lambda a: with_own_key(a, a.claims(), "jwk"), "InvalidIdentityToken"),
+    "names a place of its own keys": (lambda a: with_own_key(a, a.claims(), "jku"), "InvalidIdentityToken"),
+    "an unknown critical header": (
+        lambda a: signed_by_issuer(a, a.claims(), {"crit": ["x"], "x": 1}),
+        "InvalidIdentityToken",
+    ),
+    "a payload that is not encoded": (
+        lambda a: signed_by_issuer(a, a.claims(), {"crit": ["b64"], "b64": False}),
+        "InvalidIdentityToken",
+    ),
+    "an unknown key ID": (
+        lambda a: signed_by_issuer(a, a.claims(), {"kid": "other"}),
+        "InvalidIdentityToken",
+    ),
+    "no key ID": (lambda a: signed_by_issuer(a, a.claims(), {"kid": None}), "InvalidIdentityToken"),
+    "another algorithm than was signed with": (
+        lambda a: renamed_algorithm(a, "ES256"),
+        "InvalidIdentityToken",
+    ),
+    "nested beyond reason": (lambda _: f"{part({})}.{nested()}.x", "InvalidIdentityToken"),
+    "a second payload": (lambda a: a.issuer.token("zt-demo", "orders") + ".e30.x", "InvalidIdentityToken"),
     "issuer with a final slash": (
         lambda a: a.issuer.sign(a.claims(iss=a.issuer.url + "/")),
         "InvalidIdentityToken",
@@ -388,6 +452,7 @@ TOKENS: dict[str, tuple[Callable[[Aws], str], str]] = {
 
 
 async def test_the_good_token_by_the_same_means_is_accepted(aws: Aws) -> None:
+    assert (await aws.assume(signed_by_issuer(aws, aws.claims(), {})))["Credentials"]
     assert (await aws.assume(aws.issuer.sign(aws.claims())))["Credentials"]
     assert (await aws.assume(aws.issuer.sign(aws.claims(aud="sts.amazonaws.com"))))["Credentials"]
 
@@ -452,6 +517,35 @@ async def test_session_parameters_are_checked(aws: Aws, parameters: dict[str, An
 
     with pytest.raises(ClientError, match="ValidationError"):
         await aws.assume(token, **parameters)
+
+
+async def test_a_provider_decides_who_may_be_asked_for_and_by_whom(aws: Aws) -> None:
+    """Audiences are the provider's; without the provider the issuer is a stranger."""
+    iam = aws.cloud.admin_client("iam")
+    arn = f"arn:aws:iam::{aws.cloud.account_id}:oidc-provider/{aws.issuer.host}"
+    token = aws.issuer.token("zt-demo", "orders")
+    assert await aws.assume(token)
+
+    def register(audience: str) -> None:
+        iam.create_open_id_connect_provider(
+            Url=aws.issuer.url, ClientIDList=[audience], ThumbprintList=["0" * 40]
+        )
+
+    iam.delete_open_id_connect_provider(OpenIDConnectProviderArn=arn)
+    try:
+        with pytest.raises(ClientError, match="No OpenIDConnect provider"):
+            await aws.assume(token)
+        register("spire-server")
+        with pytest.raises(ClientError, match="Incorrect token audience"):
+            await aws.assume(token)
+        # The trust policy is the second layer: this audience is the provider's, and not the role's.
+        with pytest.raises(ClientError, match="AccessDenied"):
+            await aws.assume(aws.issuer.token("zt-demo", "orders", audience="spire-server"))
+    finally:
+        with suppress(ClientError):
+            iam.delete_open_id_connect_provider(OpenIDConnectProviderArn=arn)
+        register("sts.amazonaws.com")
+    assert await aws.assume(token)
 
 
 # -- the issuer's keys
@@ -606,6 +700,178 @@ async def test_a_body_that_was_not_signed_is_refused(aws: Aws) -> None:
 
     with pytest.raises(ClientError, match="InvalidSignatureException"):
         await asyncio.to_thread(client.get_secret_value, SecretId="zt-demo/orders/db")
+
+
+def signed(
+    aws: Aws,
+    credentials: Mapping[str, str],
+    service: str,
+    body: str,
+    headers: Mapping[str, str],
+    at: datetime | None = None,
+) -> dict[str, str]:
+    """The headers of a request that is signed as one for `service`, at that time."""
+    keys = Credentials(
+        credentials["AccessKeyId"], credentials["SecretAccessKey"], credentials.get("SessionToken")
+    )
+    request = AWSRequest(
+        "POST", f"http://127.0.0.1:{aws.port}/", headers=dict(headers), data=body.encode(), params={}
+    )
+    signer = SigV4Auth(keys, service, aws.cloud.region)
+    request.context["timestamp"] = (at or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
+    signer._modify_request_before_signing(request)
+    request.headers["Host"] = f"127.0.0.1:{aws.port}"
+    canonical = signer.canonical_request(request)
+    signature = signer.signature(signer.string_to_sign(request, canonical), request)
+    signer._inject_signature_to_request(request, signature)
+    return {name: str(value) for name, value in request.headers.items()}
+
+
+JSON = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "secretsmanager.GetSecretValue"}
+READ = '{"SecretId":"zt-demo/orders/db"}'
+
+
+@pytest.mark.parametrize("minutes", [-20, 20, -60 * 24, 60 * 24])
+async def test_a_signed_request_cannot_be_used_at_another_time(aws: Aws, minutes: int) -> None:
+    """What somebody overhears on the way is worth nothing after a quarter of an hour."""
+    credentials = await aws.credentials("orders")
+    now, later = signed(aws, credentials, "secretsmanager", READ, JSON), datetime.now(UTC)
+    assert (await aws.raw("POST", "/", now, READ))[0] == 200
+
+    old = signed(aws, credentials, "secretsmanager", READ, JSON, later + timedelta(minutes=minutes))
+    status, text = await aws.raw("POST", "/", old, READ)
+
+    assert status in (400, 403)
+    assert "SecretString" not in text
+    assert "Signature" in text
+
+
+@pytest.mark.parametrize("signed_for", ["sts", "iam", "cloudformation", "kms", "lambda", "s3", "rds"])
+async def test_a_signature_for_one_service_is_good_for_no_other(aws: Aws, signed_for: str) -> None:
+    credentials = await aws.credentials("orders")
+    status, _ = await aws.raw("POST", "/", signed(aws, credentials, "secretsmanager", READ, JSON), READ)
+    assert status == 200
+
+    status, text = await aws.raw("POST", "/", signed(aws, credentials, signed_for, READ, JSON), READ)
+
+    assert status in (400, 403)
+    assert "SecretString" not in text
+
+
+@pytest.mark.parametrize("signed_for", ["iam", "cloudformation", "kms", "secretsmanager"])
+@pytest.mark.parametrize(
+    "action", ["GetSessionToken", "AssumeRole", "AssumeRoleWithWebIdentity", "ListRoles"]
+)
+async def test_no_action_of_a_service_is_reached_through_another(
+    aws: Aws, signed_for: str, action: str
+) -> None:
+    credentials = await aws.credentials("orders")
+    body = urlencode(
+        {
+            "Action": action,
+            "Version": "2011-06-15",
+            "RoleArn": aws.cloud.role_arn("payments"),
+            "RoleSessionName": "test",
+            "WebIdentityToken": aws.issuer.token("zt-demo", "orders"),
+        }
+    )
+    own = "Action=GetCallerIdentity&Version=2011-06-15"
+    assert (await aws.raw("POST", "/", signed(aws, credentials, "sts", own, FORM), own))[0] == 200
+
+    status, text = await aws.raw("POST", "/", signed(aws, credentials, signed_for, body, FORM), body)
+
+    assert status in (400, 403), text
+    assert "SecretAccessKey" not in text
+
+
+async def test_a_session_that_has_ended_reads_nothing(aws: Aws, tmp_path: Path) -> None:
+    """In a gate of its own, that hands out sessions of two seconds."""
+    python = await ensure_environment(ENVIRONMENT, print)
+    program = (
+        "import sys; sys.path.append(sys.argv.pop(1)); import gate.emulator; gate.emulator.MIN_DURATION = 1\n"
+        "from gate.__main__ import main; sys.exit(main())"
+    )
+    port = free_port()
+    configuration = aws.cloud._configuration() | {
+        "port": port,
+        "hosts": [f"127.0.0.1:{port}"],
+        "scratch": str(tmp_path),
+    }
+    process = await asyncio.create_subprocess_exec(
+        python,
+        "-I",
+        "-B",
+        "-c",
+        program,
+        str(Path(cloud_module.__file__).parent),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(configuration).encode() + b"\n")
+    try:
+        assert await asyncio.wait_for(process.stdout.readline(), 60)
+        admin = {
+            "AccessKeyId": configuration["admin"]["access_key_id"],
+            "SecretAccessKey": configuration["admin"]["secret_access_key"],
+        }
+        role = f"arn:aws:iam::{aws.cloud.account_id}:role/orders"
+        other = Aws(
+            SimpleNamespace(
+                endpoint_url=f"http://127.0.0.1:{port}",
+                region=aws.cloud.region,
+                role_arn=lambda _: role,
+            ),
+            aws.issuer,
+            aws.log,
+            port,
+        )
+        await asyncio.to_thread(make_role_and_secret, other, admin)
+        answer = await other.assume(aws.issuer.token("zt-demo", "orders"), DurationSeconds=2)
+        credentials = answer["Credentials"]
+        assert await other.read(credentials, "it")
+
+        async def outcome() -> str:
+            try:
+                await other.read(credentials, "it")
+            except ClientError as refused:
+                return code(refused)
+            return "read"
+
+        while (found := await outcome()) == "read":
+            assert time.time() < credentials["Expiration"].timestamp() + 5, "the session did not end"
+            await asyncio.sleep(0.05)
+
+        assert found == "ExpiredTokenException"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def make_role_and_secret(aws: Aws, admin: Mapping[str, str]) -> None:
+    iam = aws.client("iam", admin)
+    provider = iam.create_open_id_connect_provider(
+        Url=aws.issuer.url, ClientIDList=["sts.amazonaws.com"], ThumbprintList=["0" * 40]
+    )["OpenIDConnectProviderArn"]
+    trust = {
+        "Effect": "Allow",
+        "Action": "sts:AssumeRoleWithWebIdentity",
+        "Principal": {"Federated": provider},
+        "Condition": {"StringEquals": {f"{aws.issuer.host}:sub": "system:serviceaccount:zt-demo:orders"}},
+    }
+    reads = {"Effect": "Allow", "Action": "secretsmanager:GetSecretValue", "Resource": "*"}
+    iam.create_role(
+        RoleName="orders",
+        AssumeRolePolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [trust]}),
+    )
+    iam.put_role_policy(
+        RoleName="orders",
+        PolicyName="reads",
+        PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [reads]}),
+    )
+    aws.client("secretsmanager", admin).create_secret(Name="it", SecretString="{}")
 
 
 async def test_it_listens_on_the_loopback_address_only_and_on_one_port(aws: Aws) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import http.client
 import json
+import math
 import socket
 import ssl
 import threading
@@ -94,7 +95,7 @@ def issuer_of(token: str) -> tuple[str, str]:
 def _json_part(part: str) -> dict[str, Any] | None:
     try:
         data = json.loads(base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 
@@ -142,7 +143,8 @@ def _check_claims(claims: Mapping[str, Any], provider: Provider, now: float) -> 
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # RFC 7519 §2: a number. Python's JSON also knows NaN, which no time is later than, and Infinity.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TokenRefused("InvalidIdentityToken", f"Missing a required claim: {name}.")
     return value
 
