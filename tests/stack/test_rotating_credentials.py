@@ -350,6 +350,67 @@ async def until_request(process: Process, within: float = 10.0) -> str:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.parametrize("trouble", ["hangs", "throttles", "answers 503"])
+async def test_a_refused_login_while_aws_is_in_trouble_is_told_in_bounded_time(
+    orders: Rotated, aws: FaultyAws, start: Starts, trouble: str
+) -> None:
+    """The two at once: nobody waits for ever, nobody asks without end, and both may heal in any order."""
+    process = await start(max_age=3600, patience=1.0)
+    assert await process.request()
+    value = await orders.value()
+    new = value | {"password": secrets.token_hex(20)}
+    orders.passwords.add(new["password"])
+    await orders.put(new, "AWSCURRENT", secrets.token_hex(16))
+    await orders.postgres.set_password(value["username"], new["password"])
+    await process.engine.dispose()
+    aws.trouble["secretsmanager"] = TROUBLE[trouble]
+    began = time.monotonic()
+
+    answers = await asyncio.gather(*(process.request() for _ in range(4)), return_exceptions=True)
+
+    took = time.monotonic() - began
+    assert took < 12
+    assert all(isinstance(answer, NoDatabase) for answer in answers), answers
+    assert {answer.reason for answer in answers if isinstance(answer, NoDatabase)} == {Reason.DATABASE_DENIED}
+    assert any("could not be read again" in str(answer) for answer in answers)
+    assert aws.count("GetSecretValue", since=began) <= 2 * (took + 2)  # botocore tries each call twice
+
+    aws.trouble.clear()
+
+    assert await until_request(process) == value["username"]
+
+
+async def test_no_session_gets_older_than_its_age_under_load_or_idle(orders: Rotated, start: Starts) -> None:
+    process = await start()
+    process.engine = create_engine(process.secret, target(orders), pool_size=4, max_overflow=0, max_age=1.0)
+    oldest = 0.0
+
+    async def watch(seconds: float) -> None:
+        nonlocal oldest
+        until = time.monotonic() + seconds
+        async with orders.postgres.administrator() as connection:
+            while time.monotonic() < until:
+                row = await (
+                    await connection.execute(
+                        "SELECT coalesce(extract(epoch FROM max(clock_timestamp() - backend_start)), 0)"
+                        " FROM pg_stat_activity WHERE usename = ANY(%s)",
+                        [list(ORDERS)],
+                    )
+                ).fetchone()
+                assert row is not None
+                oldest = max(oldest, float(row[0]))
+                await asyncio.sleep(0.05)
+
+    async with beside(keep_fresh(process.engine, every=0.2)):
+        async with load(process) as requests:
+            await watch(3.0)
+            assert requests.failures == []
+        await watch(3.0)
+    await process.engine.dispose()
+
+    assert 0.5 < oldest < 2.0  # seconds: the age, what keep_fresh takes, and a busy machine
+
+
 async def test_many_processes_that_lose_their_login_at_once_ask_once_each(
     orders: Rotated, aws: FaultyAws, start: Starts, state: Path
 ) -> None:

@@ -220,6 +220,17 @@ async def test_no_role_reads_anything_else(aws: Aws, account: str) -> None:
             await aws.read(credentials, name)
 
 
+async def test_a_role_may_ask_about_its_own_secret_and_no_other(aws: Aws) -> None:
+    """When it is rotated, for example: the status page shows that."""
+    client = aws.client("secretsmanager", await aws.credentials("orders"))
+    described = await asyncio.to_thread(client.describe_secret, SecretId="zt-demo/orders/db")
+    assert described["Name"] == "zt-demo/orders/db"
+
+    for name in ("zt-demo/orders/db-owner", "zt-demo/orders/db-rotator", "zt-demo/payments/db"):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            await asyncio.to_thread(client.describe_secret, SecretId=name)
+
+
 @pytest.mark.parametrize(
     ("service", "operation", "parameters"),
     [

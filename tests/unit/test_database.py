@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pwd
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -298,6 +299,52 @@ async def test_refresh_that_fails_is_told_and_last_version_tried_on() -> None:
 
     assert "secret_unavailable: no answer" in caught.value.detail
     assert server.logins == ["v1", "v1"]
+
+
+class SlowSecret(FakeSecret):
+    """AWS answers, but not soon."""
+
+    def __init__(self, *versions: Version) -> None:
+        super().__init__(*versions)
+        self.answers = asyncio.Event()
+
+    async def refresh(self, *, force: bool = False) -> Version:
+        self.refreshes += 1
+        await self.answers.wait()
+        self.refreshes -= 1
+        return await super().refresh(force=force)
+
+
+async def test_aws_that_does_not_answer_ends_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those who wait in the queue wait for it one after the other."""
+    monkeypatch.setattr(database, "READ_TIMEOUT", 0.2)
+    secret, server = SlowSecret(version("v1"), version("v2")), FakeServer("v2")
+    shared = connector(secret, patience=0.1)
+    began = time.monotonic()
+
+    results = await asyncio.gather(*(shared.open(server.open) for _ in range(50)), return_exceptions=True)
+
+    assert time.monotonic() - began < 2
+    assert all(isinstance(result, NoDatabase) for result in results)
+    assert "no answer in time" in str(results[-1])
+    assert secret.refreshes == 1
+    secret.answers.set()
+    assert await shared.open(server.open) == "opened by v2"
+
+
+async def test_slow_answers_of_aws_do_not_make_a_refused_login_wait_for_ever() -> None:
+    class Slow(FakeSecret):
+        async def refresh(self, *, force: bool = False) -> Version:
+            await asyncio.sleep(0.05)  # longer than the pace
+            return await super().refresh(force=force)
+
+    secret = Slow(version("v1"))
+
+    with pytest.raises(NoDatabase):
+        async with asyncio.timeout(5):
+            await connector(secret, patience=0.2).open(FakeServer().open)
+
+    assert 2 <= secret.refreshes <= 5
 
 
 async def test_password_put_back_is_found_again() -> None:

@@ -10,6 +10,8 @@ import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -27,6 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.processes import environment as own_environment
 from ztmtls import aws_clients, aws_credentials, secrets
 from ztmtls.audit import AuditLog
 from ztmtls.metrics import Collector
@@ -837,6 +840,40 @@ async def test_tasks_and_threads_share_one_call(aws: Aws, make: Callable[..., Ro
         )
 
     assert {value.version_id for value in values} == {"v1"}
+    assert len(aws.keys) == len(aws.tokens) == 1
+
+
+FIRST_USE = """
+import asyncio, sys, threading
+from pathlib import Path
+from ztmtls.secrets import RotatingSecret, WebIdentity
+
+async def main() -> None:
+    url, file, role, secret_id = sys.argv[1:]
+    identity = WebIdentity(role, Path(file), "eu-central-1", "orders-pod", url)
+    secret = RotatingSecret(secret_id, identity, endpoint_url=url)
+    threads = [asyncio.to_thread(secret.sync_get) for _ in range(50)]
+    values = await asyncio.gather(*(secret.get() for _ in range(50)), *threads)
+    print(len({id(value) for value in values}))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_first_use_in_a_fresh_process_may_come_from_everywhere_at_once(
+    aws: Aws, token_file: Path, number: int
+) -> None:
+    """boto3 is not yet imported, and no client made: neither is safe in several threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE, aws.url, str(token_file), ROLE, SECRET_ID],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=own_environment(),
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
     assert len(aws.keys) == len(aws.tokens) == 1
 
 

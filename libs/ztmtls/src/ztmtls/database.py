@@ -68,6 +68,9 @@ MAX_AGE = 900.0
 PATIENCE = 5.0
 """Seconds to go on with a refused login, as the password may be ahead of the secret."""
 
+READ_TIMEOUT = 5.0
+"""Seconds that a refused login waits for a newer version of the secret, when its patience is shorter."""
+
 PACE = 1.0
 """Seconds between two tries with a login that was refused, and between two forced reads of the secret."""
 
@@ -281,7 +284,8 @@ class _Connector:
         self._patience = patience
         self._pace = pace
         self._refused_version: str | None = None
-        self._next_try = 0.0
+        self._last_try = float("-inf")
+        self._problem = ""
         self._recovery = asyncio.Lock()
         self._thread_lock = threading.Lock()
 
@@ -309,24 +313,21 @@ class _Connector:
                 logger.warning("%s; asking for a newer version of the secret", refusal)
                 self._refused_version = version.version_id
         async with self._recovery:
-            return await self._recover(opener, began + self._patience)
+            return await self._recover(opener, began)
 
-    async def _recover(self, opener: Callable[[SecretVersion], Awaitable[_C]], deadline: float) -> _C:
-        problem = ""
+    async def _recover(self, opener: Callable[[SecretVersion], Awaitable[_C]], began: float) -> _C:
+        deadline = began + self._patience
         while True:
             version = await self.secret.get()
             if version.version_id == self._refused_version:
-                pause = self._next_try - time.monotonic()
-                if pause > 0:
-                    if time.monotonic() + pause > deadline:
-                        raise self._still_refused(version, problem)
-                    await asyncio.sleep(pause)
-                self._next_try = time.monotonic() + self._pace
-                try:
-                    await self.secret.refresh(force=True)
-                    problem = ""
-                except Refusal as refusal:
-                    problem = f"; the secret could not be read again ({refusal})"
+                now = time.monotonic()
+                pause = self._last_try + self._pace - now
+                # Whoever waited in the queue need not try what has been tried since he came.
+                if (pause > 0 or self._last_try >= began) and now + max(0.0, pause) > deadline:
+                    raise NoDatabase(Reason.DATABASE_DENIED, self._refusal_detail(version) + self._problem)
+                await asyncio.sleep(pause)
+                self._last_try = time.monotonic()
+                self._problem = await self._read_again(deadline)
                 version = await self.secret.get()
             try:
                 opened = await opener(version)
@@ -336,8 +337,17 @@ class _Connector:
             self._refused_version = None
             return opened
 
-    def _still_refused(self, version: SecretVersion, problem: str) -> NoDatabase:
-        return NoDatabase(Reason.DATABASE_DENIED, self._refusal_detail(version) + problem)
+    async def _read_again(self, deadline: float) -> str:
+        """Ask for the newest version of the secret. The answer is what was in the way, for the refusal."""
+        try:
+            # A read that takes longer goes on, for whoever comes next.
+            async with asyncio.timeout(max(deadline - time.monotonic(), READ_TIMEOUT)):
+                await self.secret.refresh(force=True)
+        except Refusal as refusal:
+            return f"; the secret could not be read again ({refusal})"
+        except TimeoutError:
+            return "; the secret could not be read again (no answer in time)"
+        return ""
 
     def _refusal_detail(self, version: SecretVersion) -> str:
         target = self.target
