@@ -677,6 +677,35 @@ async def test_secrets_manager_denial_names_role_and_secret(
     assert SECRET_ID in refused.value.detail
 
 
+@pytest.mark.parametrize("region", ["eu-central-1", "us-east-1"])
+def test_clients_are_made_for_a_service(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    """Regional, given up within seconds, signing with what they are given; whatever the environment says."""
+    monkeypatch.setattr(aws_clients, "ATTEMPTS", 2)
+    for name, value in {
+        "AWS_STS_REGIONAL_ENDPOINTS": "legacy",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_ENDPOINT_URL_SECRETS_MANAGER": "http://127.0.0.1:1",
+        "AWS_MAX_ATTEMPTS": "50",
+        "AWS_RETRY_MODE": "legacy",
+        "AWS_ACCESS_KEY_ID": "AKIASTATICKEY",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    clients = aws_clients.Clients(region)
+
+    sts = clients.make("sts", None)
+    manager = clients.make("secretsmanager", None, aws_access_key_id="ASIA", aws_secret_access_key="y")
+
+    assert sts.meta.endpoint_url == f"https://sts.{region}.amazonaws.com"
+    assert manager.meta.endpoint_url == f"https://secretsmanager.{region}.amazonaws.com"
+    for client in (sts, manager):
+        config = client.meta.config
+        assert (config.connect_timeout, config.read_timeout) == (3.0, 5.0)
+        assert (config.retries["mode"], config.retries["total_max_attempts"]) == ("standard", 2)
+    assert sts._request_signer._credentials is None
+    assert manager._request_signer._credentials.access_key == "ASIA"
+
+
 # -- the token and the temporary credentials (C45)
 
 
@@ -1109,6 +1138,38 @@ async def test_a_malformed_version_is_refused_and_the_last_good_one_kept(
     assert refused.value.reason is Reason.SECRET_MALFORMED
     assert "CANARY" not in str(refused.value)
     assert await secret.get() is good
+
+
+@pytest.mark.parametrize("answer", ["{}", "{", "", "<html>CANARY</html>", '{"VersionId": "v2"}'])
+async def test_an_answer_without_a_secret_is_an_outage_and_no_malformed_secret(
+    aws: Aws, make: Callable[..., RotatingSecret], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = make()
+    good = await secret.get()
+    with monkeypatch.context() as changed:
+        changed.setattr(aws, "_get_secret_value", lambda *_: answer)
+
+        with pytest.raises(SecretError) as refused:
+            await secret.refresh()
+
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+    assert "CANARY" not in str(refused.value)
+    assert secret.current is good
+    assert (await secret.refresh()).version_id == "v1"
+
+
+@pytest.mark.parametrize("answer", ["", "<html>CANARY", "<AssumeRoleWithWebIdentityResponse/>", "{"])
+async def test_an_answer_of_sts_without_credentials_is_an_outage(
+    aws: Aws, make: Callable[..., RotatingSecret], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await make().get()
+    monkeypatch.setattr(aws, "_assume", lambda _: answer)
+
+    with pytest.raises(SecretError, match="STS gave no answer") as refused:
+        await make().get()
+
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+    assert "CANARY" not in str(refused.value)
 
 
 # -- what it tells (C18)

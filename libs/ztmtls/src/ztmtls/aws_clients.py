@@ -22,8 +22,9 @@ from .reasons import Reason, printable
 #: which also waits out throttling).
 CONNECT_TIMEOUT, READ_TIMEOUT, ATTEMPTS = 3.0, 5.0, 2
 
-#: What a client raises when AWS did not answer, or answered what cannot be read.
-NO_ANSWER = (BotoCoreError, ResponseParserError)
+#: What a client raises when AWS did not answer, or answered what cannot be read: botocore's parsers raise
+#: KeyError for what they miss.
+NO_ANSWER = (BotoCoreError, ResponseParserError, KeyError)
 
 
 class Clients:

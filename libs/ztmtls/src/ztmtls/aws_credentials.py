@@ -101,11 +101,6 @@ class _Sts:
             answer = self._client.assume_role_with_web_identity(
                 RoleArn=identity.role_arn, RoleSessionName=identity.session_name, WebIdentityToken=token
             )
-        except ClientError as error:
-            raise self._explain(error_code(error), token) from None
-        except NO_ANSWER as error:
-            raise no_answer("STS", type(error).__name__) from None
-        try:
             issued = answer["Credentials"]
             return Credentials(
                 access_key=issued["AccessKeyId"],
@@ -114,8 +109,10 @@ class _Sts:
                 asked_at=asked_at,
                 expires_at=asked_at + _lifetime(issued["Expiration"]),
             )
-        except KeyError:
-            raise no_answer("STS", "no credentials in it") from None
+        except ClientError as error:
+            raise self._explain(error_code(error), token) from None
+        except NO_ANSWER as error:
+            raise no_answer("STS", type(error).__name__) from None
 
     def _explain(self, code: str, token: str) -> SecretError:
         role = self._identity.role_arn
