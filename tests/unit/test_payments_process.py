@@ -112,6 +112,15 @@ def test_static_keys_beside_the_web_identity_stop_the_start(run: Run) -> None:
     assert "CANARY" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+def test_without_an_aws_identity_nothing_is_started(run: Run, command: str) -> None:
+    """Never with the node's role, whatever else the environment would lead an SDK to."""
+    done = run(command, AWS_ROLE_ARN=None, AWS_WEB_IDENTITY_TOKEN_FILE=None)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("web_identity_missing: IRSA was not injected")
+
+
 class FakeDatabase:
     """Answers the question for the schema's revision, or fails."""
 
