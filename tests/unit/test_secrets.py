@@ -678,7 +678,7 @@ async def test_secrets_manager_denial_names_role_and_secret(
 
 
 @pytest.mark.parametrize("region", ["eu-central-1", "us-east-1"])
-def test_clients_are_made_for_a_service(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+async def test_clients_are_made_for_a_service(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
     """Regional, given up within seconds, signing with what they are given; whatever the environment says."""
     monkeypatch.setattr(aws_clients, "ATTEMPTS", 2)
     for name, value in {
@@ -691,10 +691,12 @@ def test_clients_are_made_for_a_service(monkeypatch: pytest.MonkeyPatch, region:
         "AWS_SECRET_ACCESS_KEY": "x",
     }.items():
         monkeypatch.setenv(name, value)
-    clients = aws_clients.Clients(region)
+    make = aws_clients.Clients(region).make
 
-    sts = clients.make("sts", None)
-    manager = clients.make("secretsmanager", None, aws_access_key_id="ASIA", aws_secret_access_key="y")
+    sts = await asyncio.to_thread(make, "sts", None)
+    manager = await asyncio.to_thread(
+        make, "secretsmanager", None, aws_access_key_id="ASIA", aws_secret_access_key="y"
+    )
 
     assert sts.meta.endpoint_url == f"https://sts.{region}.amazonaws.com"
     assert manager.meta.endpoint_url == f"https://secretsmanager.{region}.amazonaws.com"
