@@ -12,6 +12,10 @@ from ztdev.stack import BackgroundStack
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackgroundStack]:
-    """The whole stack on free ports, with data of its own. Its coroutines are called through `stack.run`."""
-    with BackgroundStack(StackOptions(state_dir=tmp_path_factory.mktemp("stack"), free_ports=True)) as stack:
+    """The whole stack on free ports, with data of its own. Its coroutines are called through `stack.run`.
+
+    It rotates the database passwords when a test asks for it, and not while another one looks at them.
+    """
+    options = StackOptions(state_dir=tmp_path_factory.mktemp("stack"), free_ports=True, rotate_every=0)
+    with BackgroundStack(options) as stack:
         yield stack

@@ -86,6 +86,7 @@ class Traces:
         assert {*SERVICES, "postgres", "cloud"} <= set(self.processes)
         assert all(process is not None and process.alive() for process in self.processes.values())
         assert sorted(path.name for path in self.sockets.glob("*.sock")) == [
+            "control.sock",
             "frontend.sock",
             "orders.sock",
             "payments.sock",

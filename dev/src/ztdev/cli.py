@@ -22,12 +22,13 @@ from rich.markup import escape
 
 from .chain import chain_tree
 from .console import Progress, make_console, print_error, process_table, program_name
+from .control import ask
 from .errors import ExitStatus, NotReady, NotRunning, StackError
 from .events import Steps
 from .interrupts import stop_signals
 from .logfile import LogFile
 from .logview import readable
-from .options import SERVICES, StackOptions
+from .options import DATABASE_SERVICES, SERVICES, StackOptions
 from .probing import probe_all
 from .processes import ProcessRef, end_processes, wait_gone
 from .shop import Visitor, parse_items
@@ -48,6 +49,9 @@ app = typer.Typer(
         "6 state directory unusable; 7 disk full; 8 something is not installed; 130 interrupted."
     ),
 )
+
+#: Seconds that a rotation may take with all its tries, and the one that is under way before it.
+_ROTATE_WITHIN = 300.0
 
 StateOption = Annotated[
     Path | None,
@@ -82,6 +86,15 @@ def up(
     ca_ttl: Annotated[
         float, typer.Option("--ca-ttl", metavar="SECONDS", min=30, help="Life of a signing authority.")
     ] = 600.0,
+    rotate_every: Annotated[
+        int,
+        typer.Option(
+            "--rotate-every",
+            metavar="SECONDS",
+            min=0,
+            help="Time between rotations of the database passwords; 0: only when `ztdev rotate` asks.",
+        ),
+    ] = 60,
     http: Annotated[
         Literal["auto", "h11", "httptools"], typer.Option("--http", help="HTTP parser of the services.")
     ] = "auto",
@@ -107,6 +120,7 @@ def up(
             free_ports=free_ports,
             svid_ttl=svid_ttl,
             ca_ttl=ca_ttl,
+            rotate_every=rotate_every,
             http=http,
             loop=loop,
             log_level=log_level,
@@ -166,7 +180,9 @@ def _print_ready(
     where = "" if state.path == default_state_directory().absolute() else f" --state {state.path}"
     console.print(
         f"\nLogs are in {escape(str(state.logs))}. In another terminal:\n"
-        + "".join(f"  {program_name()} {command}{where}\n" for command in ("status", "order", "logs -f"))
+        + "".join(
+            f"  {program_name()} {command}{where}\n" for command in ("status", "order", "rotate", "logs -f")
+        )
         + "Ctrl-C stops.\n",
         soft_wrap=True,
     )
@@ -344,7 +360,7 @@ def _has_leftovers(directory: StateDirectory) -> bool:
 def logs(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Whose: frontend, orders, payments, identity, … (default: all)"),
+        typer.Argument(metavar="NAME", help="Whose: orders, identity, rotation, … (default: all)"),
     ] = None,
     state: StateOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
@@ -356,7 +372,7 @@ def logs(
     known = sorted(path.stem for path in directory.logs.glob("*.log"))
     if not known:
         raise NotRunning(f"There are no logs in {directory.logs}: nothing has run with this state directory.")
-    wanted = names or [name for name in (*SERVICES, "identity") if name in known]
+    wanted = names or [name for name in (*SERVICES, "identity", "rotation") if name in known]
     for name in wanted:
         if name not in known:
             raise StackError(f"There is no log of {name!r}. There is: {', '.join(known)}.")
@@ -449,6 +465,62 @@ def order(
 
 
 @app.command()
+def rotate(
+    services: Annotated[
+        list[str] | None, typer.Argument(metavar="SERVICE", help="Whose. (default: orders and payments)")
+    ] = None,
+    break_at: Annotated[
+        Literal["createSecret", "setSecret", "testSecret", "finishSecret"] | None,
+        typer.Option(
+            "--break",
+            metavar="STEP",
+            help="Cut it off where this step would begin: createSecret, setSecret, testSecret, finishSecret. "
+            "Nothing breaks, and the next rotation goes on with it.",
+        ),
+    ] = None,
+    state: StateOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Rotate the database passwords now, as the schedule would, and wait until it is done.
+
+    The services take up a new version by themselves: the page shows when.
+    """
+    for service in services or []:
+        if service not in DATABASE_SERVICES:
+            known = " and ".join(DATABASE_SERVICES)
+            raise typer.BadParameter(f"{service!r} has no database: {known} have", param_hint="SERVICE")
+    _, data = _running(state)
+    if data.get("phase") != "ready" or not data.get("sockets"):
+        raise NotReady("The stack is still starting: see `ztdev status`.")
+    rotations: list[dict[str, Any]] = []
+    console = make_console()
+    for service in services or DATABASE_SERVICES:
+        rotation = ask(
+            Path(data["sockets"]), "rotate", timeout=_ROTATE_WITHIN, service=service, cut_off_at=break_at
+        )
+        rotations.append(rotation)
+        if not as_json:
+            console.print(_rotated(rotation), soft_wrap=True)
+    if as_json:
+        print(json.dumps({"rotations": rotations}, indent=2))
+
+
+def _rotated(rotation: dict[str, Any]) -> str:
+    before, after = rotation["before"], rotation["after"]
+    service, took = f"[bold]{rotation['service']:9}[/]", f"{rotation['seconds']:.1f} s"
+    if rotation["cut_off_at"]:
+        return (
+            f"{service} cut off at {rotation['cut_off_at']} after {took}: the secret still names "
+            f"{before['user']} (version {before['id'][:8]}). The next rotation goes on with what was begun."
+        )
+    versions = f"version {before['id'][:8]} → {after['id'][:8]}"
+    text = f"{service} {before['user']} → {after['user']}  {versions}  {took}"
+    if rotation["continued"]:
+        text += ", going on with one that was cut off"
+    return text + (f", tried {rotation['attempts']} times" if rotation["attempts"] > 1 else "")
+
+
+@app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary state directory.")] = False,
 ) -> None:
@@ -480,6 +552,7 @@ def demo(
 def prepare() -> None:
     """Install and unpack now what a first start would, so that the next one is quick."""
     from .aws.environment import ensure_environment
+    from .functions import for_this_machine
 
     console = make_console()
     progress = Progress(console)
@@ -488,6 +561,8 @@ def prepare() -> None:
     with steps.step("environment of the local AWS") as detail:
         asyncio.run(ensure_environment(tools / "aws-env", steps.notice))
         detail.text = str(tools / "aws-env")
+    with steps.step("rotation function's package") as detail:
+        detail.text = str(for_this_machine(tools / "packages").file)
     progress.close()
 
 

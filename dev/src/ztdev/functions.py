@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -60,10 +61,8 @@ def build(into: Path, *, architecture: str | None = None, ca_file: Path | None =
     Raises:
         StackError: it cannot be made; the message says why.
     """
-    root = checkout()
-    if root is None:
-        raise StackError("The function can only be packaged in the checkout.")
-    source = root / "functions" / "rotate_db_credentials" / "src"
+    root = _checkout()
+    source = _source(root)
     with tempfile.TemporaryDirectory(prefix="package-") as directory:
         tree = Path(directory) / "tree"
         _install(root, tree, architecture)
@@ -78,6 +77,35 @@ def build(into: Path, *, architecture: str | None = None, ca_file: Path | None =
         shutil.copyfile(zipped, unfinished := file.with_suffix(f".{os.getpid()}"))
         unfinished.replace(file)
     return Package(file, file.stat().st_size, digest)
+
+
+def for_this_machine(keep: Path) -> Package:
+    """The package for this machine and its Python, as `build` makes it: the one that is kept in the directory
+    `keep` if it was made of the same sources and the same lock file, so that nothing is fetched twice.
+
+    Raises:
+        StackError: as `build`.
+    """
+    root = _checkout()
+    digest = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
+    for made_of in (Path(__file__), root / "uv.lock", *sorted(_source(root).rglob("*.py"))):
+        digest.update(made_of.read_bytes())
+    folder = keep / digest.hexdigest()[:16]
+    for kept in folder.glob("*.zip"):
+        content = kept.read_bytes()
+        return Package(kept, len(content), hashlib.sha256(content).hexdigest())
+    return build(folder)
+
+
+def _checkout() -> Path:
+    root = checkout()
+    if root is None:
+        raise StackError("The function can only be packaged in the checkout.")
+    return root
+
+
+def _source(root: Path) -> Path:
+    return root / "functions" / "rotate_db_credentials" / "src"
 
 
 def _install(root: Path, tree: Path, architecture: str | None) -> None:

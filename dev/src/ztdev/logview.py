@@ -42,6 +42,12 @@ def readable(line: str) -> str:
         words += [str(data[name]) for name in ("workload", "id", "detail") if data.get(name)]
         words += [f"{name} {data[name]}" for name in ("serial", "not_after") if data.get(name)]
         return _printable(" ".join(word for word in words if word))
+    if data.get("log") == "rotation":
+        words = [moment, "rotation", str(data.get("service", "")), str(data.get("event", ""))]
+        words += [str(data[name]) for name in ("step", "outcome", "user", "detail") if data.get(name)]
+        if data.get("version"):
+            words.append(f"(version {str(data['version'])[:8]})")
+        return _printable(" ".join(word for word in words if word))
     text = f"{moment} {data.get('level', '')!s:7} {data.get('logger', '')}: {data.get('message', '')}"
     if data.get("exception"):
         text += "\n" + str(data["exception"])

@@ -30,7 +30,8 @@ def spiffe_id(service: str) -> str:
 class StackOptions:
     """Everything has a default that is right for `make run`; tests shorten lives and choose free ports.
 
-    Times are in seconds. `environment` adds variables to (or replaces those of) one service by its name.
+    Times are in seconds. `rotate_every` is for the database passwords, in whole seconds; 0 rotates only when
+    asked. `environment` adds variables to (or replaces those of) one service by its name.
     """
 
     state_dir: Path = field(default_factory=default_state_directory)
@@ -39,6 +40,7 @@ class StackOptions:
     free_ports: bool = False
     svid_ttl: float = 60.0
     ca_ttl: float = 600.0
+    rotate_every: float = 60.0
     http: Literal["auto", "h11", "httptools"] = "auto"
     loop: Literal["auto", "asyncio", "uvloop"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -51,6 +53,8 @@ class StackOptions:
     def __post_init__(self) -> None:
         if self.svid_ttl <= 0 or self.ca_ttl < 6 * self.svid_ttl:
             raise ValueError("ca_ttl must be at least six times svid_ttl, and both more than nothing")
+        if self.rotate_every < 0 or self.rotate_every % 1:
+            raise ValueError("rotate_every must be whole seconds, or 0 for no schedule")
         unknown = set(self.environment) - set(SERVICES)
         if unknown:
             raise ValueError(f"no service is called {sorted(unknown)[0]!r}")

@@ -4,11 +4,13 @@ What starts, in this order, at the same time where nothing forbids it:
 
     state directory, lock, leftovers, ports
     identity     a certificate authority and the Workload API, in this process; one socket per workload
-AWS          the OIDC issuer, the token files of the service accounts, the stand-in with workload.yaml in it
+    AWS          the OIDC issuer, the token files of the service accounts, the rotation function's package,
+                 and the stand-in with workload.yaml in it
     database     PostgreSQL with TLS
-    logins       the deployed secrets' passwords are set in the database
+    logins       the deployed secrets' passwords are set in the database; the secrets get their schedule
     migrations   each with its own identity, to their end
     services     payments, orders, frontend: processes of their own, watched and started again when they die
+    rotation     the secrets are rotated when they are due, and when `ztdev rotate` asks
 
 A service is admitted to its identity by its process id, right after the process was made and before its
 program runs. It gets an explicit environment, nothing of the caller's. Stopping goes the other way round and
@@ -37,10 +39,12 @@ from typing import Any, Self, TypeVar
 
 from ztmtls.testing import Attestation, CertificateAuthority, RotationEvent, WorkloadApi
 
-from .aws.cloud import DatabaseAddress, LocalCloud
+from .aws.cloud import DatabaseAddress, LocalCloud, RotationFunction
 from .aws.issuer import OidcIssuer, TokenFile
+from .control import Control, Request
 from .errors import ProgramMissing, StackError, explain_os_error
 from .events import Steps
+from .functions import Package, for_this_machine
 from .logfile import LogFile
 from .logview import is_audit, parse_line
 from .managed import ManagedProcess, ProcessSpec, ProcessState, base_environment, describe_exit
@@ -56,6 +60,7 @@ from .options import (
 from .ports import HOST, Ports, refuse_taken_ports, resolve_ports
 from .postgres import PostgresServer
 from .processes import ProcessRef
+from .rotation import Rotations
 from .state import StateDirectory, now
 
 logger = logging.getLogger(__name__)
@@ -108,6 +113,7 @@ class Stack:
 
     ca, workload_api: what gives identities; `ca.issue(...)` makes certificates for attacks and tests.
     issuer, cloud, postgres: the parts that the services depend on.
+    rotations: rotates the database secrets.
     ports, urls: where everything listens.
     timings: seconds that each step of the start has taken.
     """
@@ -122,12 +128,15 @@ class Stack:
         self.issuer: OidcIssuer
         self.cloud: LocalCloud
         self.postgres: PostgresServer
+        self.rotations: Rotations
         self.tokens: dict[str, TokenFile] = {}
         self._steps = Steps(self.options.report)
         self._services: dict[str, ManagedProcess] = {}
         self._jobs: dict[str, ManagedProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._identity_log: LogFile | None = None
+        self._rotation_log: LogFile | None = None
+        self._control: Control | None = None
         self._hurry = asyncio.Event()
         self._closing = asyncio.Lock()
         self._phase = "new"
@@ -214,16 +223,25 @@ class Stack:
             refuse_taken_ports(self.ports)
             detail.text = str(self.state.path)
             self._save()
+        self.postgres = self._postgres_server()
         await _together(self._start_identity(), self._start_cloud(), self._start_database())
         with self._steps.step("database logins") as detail:
             await self._set_passwords()
-            detail.text = "passwords from the deployed secrets"
+            await self.rotations.schedule()
+            every = self.options.rotate_every
+            detail.text = "passwords from the deployed secrets" + (
+                f", new ones every {every:g} s" if every else ""
+            )
         await _together(*(self._migrate(service) for service in DATABASE_SERVICES))
         await _together(*(self._start_service(service) for service in reversed(SERVICES)))
         self._watchers += [
             asyncio.create_task(self._watch("the database", self.postgres.wait, self._restart_database)),
             asyncio.create_task(self._watch("the local AWS", self.cloud.wait, self._restart_cloud)),
         ]
+        if self.options.rotate_every:
+            self._watchers.append(asyncio.create_task(self.rotations.run(), name="rotations"))
+        self._control = Control(self.state.socket_directory(), {"rotate": self._rotate})
+        await self._control.start()
         self._phase = "ready"
         self._save()
 
@@ -244,12 +262,17 @@ class Stack:
             detail.text = f"SVIDs live {options.svid_ttl:g} s, authorities {options.ca_ttl:g} s"
 
     async def _start_cloud(self) -> None:
-        with self._steps.step("web-identity issuer"):
-            self.issuer = OidcIssuer(self.state.path / "oidc", port=self.ports.oidc)
-            await self.issuer.start()
-            for service in DATABASE_SERVICES:
-                self.tokens[service] = self._token_file(service)
-                await self.tokens[service].start()
+        packaging = asyncio.create_task(self._package())
+        try:
+            with self._steps.step("web-identity issuer"):
+                self.issuer = OidcIssuer(self.state.path / "oidc", port=self.ports.oidc)
+                await self.issuer.start()
+                for service in DATABASE_SERVICES:
+                    self.tokens[service] = self._token_file(service)
+                    await self.tokens[service].start()
+            package = await packaging
+        finally:
+            packaging.cancel()
         with self._steps.step("local AWS") as detail:
             self.cloud = LocalCloud(
                 self.state.path / "cloud",
@@ -259,35 +282,51 @@ class Stack:
                 databases={
                     service: DatabaseAddress(HOST, self.ports.postgres) for service in DATABASE_SERVICES
                 },
+                rotation=RotationFunction(package.file, self.postgres.ca_file),
                 environment_dir=self.options.tools_dir / "aws-env",
                 on_process=lambda _: self._save(),
             )
             await self.cloud.start(self._steps.notice)
             self._save()
             detail.text = "infra/workload.yaml deployed"
+        self._rotation_log = LogFile(self.state.logs / "rotation.log")
+        self.rotations = Rotations(
+            self.cloud, DATABASE_SERVICES, self.options.rotate_every, self._log_secret_rotation
+        )
+
+    async def _package(self) -> Package:
+        with self._steps.step("rotation function's package"):
+            return await asyncio.to_thread(for_this_machine, self.options.tools_dir / "packages")
+
+    def _postgres_server(self) -> PostgresServer:
+        return PostgresServer(
+            self.state.path / "postgres",
+            self.ports.postgres,
+            log_file=self.state.logs / "postgres.log",
+            # Root's server runs as another user, who may have no way into our directories.
+            program_directory=self.options.tools_dir / "postgres" if os.geteuid() else None,
+            notice=self._steps.notice,
+        )
 
     async def _start_database(self) -> None:
         with self._steps.step("PostgreSQL"):
-            self.postgres = PostgresServer(
-                self.state.path / "postgres",
-                self.ports.postgres,
-                log_file=self.state.logs / "postgres.log",
-                # Root's server runs as another user, who may have no way into our directories.
-                program_directory=self.options.tools_dir / "postgres" if os.geteuid() else None,
-                notice=self._steps.notice,
-            )
             await self.postgres.start()
             self._save()
 
     async def _set_passwords(self) -> None:
-        """What a rotation does on AWS: the secret says which password, the database is told."""
+        """After a deployment the secrets say which passwords, and the database is told."""
 
         async def of(service: str) -> None:
-            app, owner = await asyncio.gather(
-                self.cloud.secret_value(_secret(service)), self.cloud.secret_value(_owner_secret(service))
+            app, owner, rotator = await asyncio.gather(
+                self.cloud.secret_value(_secret(service)),
+                self.cloud.secret_value(_owner_secret(service)),
+                self.cloud.secret_value(_rotator_secret(service)),
             )
             await self.postgres.ensure_service(
-                service, app_password=app["password"], owner_password=owner["password"]
+                service,
+                app_password=app["password"],
+                owner_password=owner["password"],
+                rotator_password=rotator["password"],
             )
 
         await _together(*(of(service) for service in DATABASE_SERVICES))
@@ -369,6 +408,10 @@ class Stack:
             environment |= self._database_environment(
                 service, service, _secret(service), self.tokens[service]
             )
+            if options.rotate_every:  # so that a new version is in use well before the next one
+                environment["DB_SECRET_MAX_AGE_SECONDS"] = (
+                    f"{min(60.0, max(1.0, options.rotate_every / 6)):g}"
+                )
         return environment | dict(options.environment.get(service, {}))
 
     def _database_environment(
@@ -429,6 +472,13 @@ class Stack:
         await self.cloud.start()
         await self._set_passwords()
 
+    # -- what other commands ask
+
+    async def _rotate(self, request: Request) -> dict[str, Any]:
+        """For `ztdev rotate`: `service`, and `cut_off_at` a step or None."""
+        rotation = await self.rotations.rotate(request["service"], cut_off_at=request["cut_off_at"])
+        return rotation.as_dict()
+
     # -- stop
 
     def hurry(self) -> None:
@@ -441,6 +491,8 @@ class Stack:
             if self._phase in ("new", "stopped"):
                 return
             self._phase = "stopping"
+            if self._control is not None:
+                await self._quietly(self._control.close())
             for watcher in self._watchers:
                 watcher.cancel()
             await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -458,8 +510,9 @@ class Stack:
                 await self._quietly(self.issuer.stop())
             if hasattr(self, "workload_api"):
                 await self._quietly(self.workload_api.close())
-            if self._identity_log is not None:
-                self._identity_log.close()
+            for log in (self._identity_log, self._rotation_log):
+                if log is not None:
+                    log.close()
             self.state.remove_sockets()
             self._phase = "stopped"
             self._save()
@@ -572,7 +625,9 @@ class Stack:
         return self.state.logs / f"{name}.log"
 
     def _log_attestation(self, decision: Attestation) -> None:
-        self._log_identity(
+        self._log_own(
+            self._identity_log,
+            "identity",
             "attestation",
             decision="allow" if decision.allowed else "deny",
             workload=decision.workload,
@@ -582,7 +637,9 @@ class Stack:
         )
 
     def _log_rotation(self, event: RotationEvent) -> None:
-        self._log_identity(
+        self._log_own(
+            self._identity_log,
+            "identity",
             str(event.step),
             workload=event.workload,
             id=str(event.spiffe_id),
@@ -590,11 +647,13 @@ class Stack:
             not_after=event.not_after.isoformat().replace("+00:00", "Z"),
         )
 
-    def _log_identity(self, event: str, **fields: Any) -> None:
-        if self._identity_log is not None:
+    def _log_secret_rotation(self, event: str, **facts: Any) -> None:
+        self._log_own(self._rotation_log, "rotation", event, **facts)
+
+    def _log_own(self, log: LogFile | None, name: str, event: str, **fields: Any) -> None:
+        if log is not None:
             moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            line = {"time": moment, "log": "identity", "event": event, **fields}
-            self._identity_log.feed(json.dumps(line).encode() + b"\n")
+            log.feed(json.dumps({"time": moment, "log": name, "event": event, **fields}).encode() + b"\n")
 
 
 def _secret(service: str) -> str:
@@ -603,6 +662,10 @@ def _secret(service: str) -> str:
 
 def _owner_secret(service: str) -> str:
     return f"{NAME_PREFIX}/{service}/db-owner"
+
+
+def _rotator_secret(service: str) -> str:
+    return f"{NAME_PREFIX}/{service}/db-rotator"
 
 
 def _address_of(urls: Urls, service: str) -> str:
@@ -735,6 +798,11 @@ class BackgroundStack:
     def postgres(self) -> PostgresServer:
         """Belongs to the stack's loop: use it through `run`."""
         return self.stack.postgres
+
+    @property
+    def rotations(self) -> Rotations:
+        """Belongs to the stack's loop: use it through `run`."""
+        return self.stack.rotations
 
     def process(self, name: str) -> BackgroundProcess:
         """A service's process. KeyError if there is none."""

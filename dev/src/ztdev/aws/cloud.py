@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import string
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,8 @@ class LocalCloud:
         self._proxies = proxies
         self._on_process = on_process
         self._admin = _Admin.random()
+        self._clients: dict[str, Any] = {}
+        self._clients_lock = threading.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._outputs: dict[str, str] = {}
 
@@ -197,7 +200,16 @@ class LocalCloud:
     # -- for the administrator
 
     def admin_client(self, service: str) -> Any:
-        """A boto3 client (synchronous) of the stand-in's administrator: sts, iam, kms, secretsmanager, …"""
+        """A boto3 client (synchronous) of the stand-in's administrator: sts, iam, kms, secretsmanager, …
+
+        Made once for each start, as that takes longer than most calls; it may be used in any thread.
+        """
+        with self._clients_lock:
+            if service not in self._clients:
+                self._clients[service] = self._make_client(service)
+            return self._clients[service]
+
+    def _make_client(self, service: str) -> Any:
         # A session of our own: the default one would read this user's ~/.aws and environment.
         session = boto3.session.Session(
             aws_access_key_id=self._admin.key_id,
@@ -227,7 +239,7 @@ class LocalCloud:
 
     async def _spawn(self, python: Path) -> None:
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._admin = _Admin.random()
+        self._admin, self._clients = _Admin.random(), {}
         self._log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:

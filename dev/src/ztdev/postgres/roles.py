@@ -200,6 +200,11 @@ async def set_password(connection: Connection, role: str, password: str) -> None
     )
 
 
+async def withdraw_password(connection: Connection, role: str) -> None:
+    """Let nobody log in as this role until it gets a password again."""
+    await connection.execute(sql.SQL("ALTER ROLE {} WITH PASSWORD NULL").format(sql.Identifier(role)))
+
+
 async def _exists(connection: Connection, catalog: str, column: str, name: str) -> bool:
     query = sql.SQL("SELECT 1 FROM {} WHERE {} = %s").format(sql.Identifier(catalog), sql.Identifier(column))
     return await (await connection.execute(query, [name])).fetchone() is not None

@@ -264,8 +264,9 @@ class PostgresServer:
     ) -> roles.ServiceRoles:
         """Make the database `name` and its roles (see `roles`), or bring them back to what they should be.
 
-        Passwords that are None stay as they are; a role that never got one cannot log in. The rotator, and
-        the function that it may call, are made only when its password is given.
+        Passwords that are None stay as they are; a role that never got one cannot log in. When the app gets
+        one, its twin loses what a rotation may have given it. The rotator, and the function that it may call,
+        are made only when its password is given.
         """
         service = roles.ServiceRoles(name)
         async with self._roles_lock:
@@ -284,6 +285,8 @@ class PostgresServer:
                 ):
                     if password is not None:
                         await roles.set_password(connection, role, password)
+                if app_password is not None:
+                    await roles.withdraw_password(connection, service.app_clone)
         return service
 
     async def set_password(self, role: str, password: str) -> None:

@@ -108,6 +108,9 @@ class DatabaseSettings(BaseSettings):
     db_name: str = Field(min_length=1, description="name of the database")
     db_ca_file: ExistingFile = Field(description="PEM file with the CA of the database's certificate")
     db_secret_id: str = Field(min_length=1, description="name or ARN of the secret with user and password")
+    db_secret_max_age_seconds: Annotated[float, Field(ge=1, le=86400)] = Field(
+        60, description="ask for the secret's newest version after this long, at the latest"
+    )
     aws_region: str = Field(min_length=1, description="AWS region; EKS sets it")
     aws_endpoint_url: str | None = Field(None, description="another address for the AWS APIs")
 
@@ -128,6 +131,7 @@ class DatabaseSettings(BaseSettings):
             self.db_secret_id,
             identity_from_env(),
             endpoint_url=self.aws_endpoint_url,
+            max_age=self.db_secret_max_age_seconds,
             audit=audit,
         )
 

@@ -381,7 +381,10 @@ class _Emulator:
         ) -> Answer:
             action = headers.get("x-amz-target", "").rpartition(".")[2]
             answer = self._key_denied(action, headers, body) or self._versions.answer(action, body)
-            return answer or await inner(method, path, headers, body, query)
+            if answer is not None:
+                return answer
+            inner_answer = await inner(method, path, headers, body, query)
+            return self._versions.completed(action, body, inner_answer)
 
         return handle
 

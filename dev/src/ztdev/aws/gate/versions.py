@@ -6,6 +6,8 @@
 * RotateSecret notes the function and the schedule, and makes an empty version that is AWSPENDING. On AWS too
   it answers at once; the function is called afterwards, by Secrets Manager. Here whoever plays Secrets
   Manager's scheduler does that, through Lambda.
+* DescribeSecret tells when the secret was rotated, and when it is due. AWS counts in hours and days; a `rate`
+  may be in minutes and seconds, too, here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ from typing import Any
 Answer = tuple[int, dict[str, str], bytes]
 
 _TOKEN = re.compile(r"[A-Za-z0-9-]{32,64}")
+_RATE = re.compile(r"rate\(([1-9][0-9]{0,6}) (second|minute|hour|day)s?\)")
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+
+#: What we add to the emulator's record of a secret: seconds since 1970.
+_ROTATED, _COUNTED_FROM = "LastRotatedDate", "_RotationCountedFrom"
 
 
 class Versions:
@@ -49,6 +56,21 @@ class Versions:
         if secret is None or secret.get("DeletedDate"):
             return None  # the emulator says so
         return act(secret, request)
+
+    def completed(self, action: str, body: bytes, answer: Answer) -> Answer:
+        """The emulator's answer, with what it leaves out about rotation."""
+        status, _, content = answer
+        if status != 200 or action not in ("DescribeSecret", "UpdateSecretVersionStage"):
+            return answer
+        _, secret = self._module._resolve(json.loads(body)["SecretId"])
+        if action == "UpdateSecretVersionStage":
+            if json.loads(body).get("VersionStage") == "AWSCURRENT" and secret.get("RotationEnabled"):
+                secret[_ROTATED] = time.time()
+            return answer
+        dates = {_ROTATED: secret.get(_ROTATED), "NextRotationDate": _next_date(secret)}
+        described = json.loads(content) | {name: date for name, date in dates.items() if date is not None}
+        completed: Answer = self._responses.json_response(described)
+        return completed
 
     def _get(self, secret: dict[str, Any], request: dict[str, Any]) -> Answer | None:
         version_id, stage = request.get("VersionId"), request.get("VersionStage")
@@ -96,6 +118,7 @@ class Versions:
         secret["RotationLambdaARN"] = function
         secret["RotationRules"] = request.get("RotationRules") or secret.get("RotationRules") or {}
         secret["RotationEnabled"] = True
+        secret[_COUNTED_FROM] = time.time()
         if immediately and token not in secret["Versions"]:
             self._module._remove_stage_everywhere(secret, "AWSPENDING")
             secret["Versions"][token] = {
@@ -114,6 +137,15 @@ class Versions:
     def _error(self, code: str, message: str) -> Answer:
         answer: Answer = self._responses.error_response_json(code, message, 400)
         return answer
+
+
+def _next_date(secret: Mapping[str, Any]) -> float | None:
+    """When the secret is due, or None when it has no schedule (or one that is not computed here)."""
+    rate = _RATE.fullmatch((secret.get("RotationRules") or {}).get("ScheduleExpression", ""))
+    counted_from: float | None = secret.get(_COUNTED_FROM)
+    if rate is None or counted_from is None:
+        return None
+    return counted_from + int(rate[1]) * _SECONDS[rate[2]]
 
 
 def _value(holder: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,0 +1,150 @@
+"""`ztdev rotate`, on a whole stack: what it says, who follows, and that a rotation cut off harms nobody."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ztdev import rotation
+from ztdev.options import DATABASE_SERVICES, StackOptions
+from ztdev.rotation import STEPS
+from ztdev.shop import Visitor
+from ztdev.stack import BackgroundStack
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackgroundStack]:
+    """A stack whose services look for new versions every second; its schedule is far away."""
+    options = StackOptions(
+        state_dir=tmp_path_factory.mktemp("shop"),
+        free_ports=True,
+        rotate_every=3600,
+        environment={service: {"DB_SECRET_MAX_AGE_SECONDS": "1"} for service in DATABASE_SERVICES},
+    )
+    with BackgroundStack(options) as running:
+        yield running
+
+
+def rotate(shop: BackgroundStack | None, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    where = ["--state", str(shop.options.state_dir)] if shop else []
+    return subprocess.run(
+        [sys.executable, "-m", "ztdev", "rotate", *map(str, arguments), *where],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def reported(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    answer: list[dict[str, Any]] = json.loads(done.stdout)["rotations"]
+    return answer
+
+
+def order(shop: BackgroundStack) -> dict[str, dict[str, Any]]:
+    """Order through the page; the database uses by service."""
+    with Visitor(shop.urls.page) as visitor:
+        document = visitor.order()
+    assert document["order"]["status"] == "paid"
+    return {use["service"]: use for use in document["databases"]}
+
+
+def test_rotate_says_what_it_did_and_the_services_follow(shop: BackgroundStack) -> None:
+    before = order(shop)
+
+    done = reported(rotate(shop, "--json"))
+
+    assert [each["service"] for each in done] == list(DATABASE_SERVICES)
+    for each in done:
+        service, new = each["service"], each["after"]
+        assert each["before"]["id"] == before[service]["secret_version"]
+        assert each["before"]["user"] == before[service]["user"] != new["user"]
+        line = shop.wait_for_audit(service, event="credentials", decision="allow", version=new["id"])
+        assert line["previous_version"] == each["before"]["id"]
+    after = order(shop)
+    for each in done:
+        use = after[each["service"]]
+        assert (use["user"], use["secret_version"]) == (each["after"]["user"], each["after"]["id"])
+
+
+def test_rotate_of_one_service_leaves_the_other_alone(shop: BackgroundStack) -> None:
+    [done] = reported(rotate(shop, "payments", "--json"))
+    shop.wait_for_audit("payments", event="credentials", version=done["after"]["id"])
+
+    told = rotate(shop, "payments")
+
+    assert told.returncode == 0
+    assert f"payments  {done['after']['user']} → {done['before']['user']}" in told.stdout
+    assert f"version {done['after']['id'][:8]} → " in told.stdout
+    assert order(shop)["orders"]["user"] == reported(rotate(shop, "orders", "--json"))[0]["before"]["user"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_rotate_cut_off_at_any_step_leaves_orders_paid_and_the_next_one_heals(
+    shop: BackgroundStack, step: str
+) -> None:
+    [whole] = reported(rotate(shop, "payments", "--json"))
+    shop.wait_for_audit("payments", event="credentials", version=whole["after"]["id"])
+    assert order(shop)["payments"]["secret_version"] == whole["after"]["id"]
+
+    told = rotate(shop, "payments", "--break", step)
+
+    assert told.returncode == 0, told.stderr
+    assert f"payments  cut off at {step}" in told.stdout
+    assert f"still names {whole['after']['user']}" in told.stdout
+    shop.run(shop.postgres.end_sessions(whole["after"]["user"]))  # new connections work, too
+    assert order(shop)["payments"]["secret_version"] == whole["after"]["id"]
+    [healed] = reported(rotate(shop, "payments", "--json"))
+    assert healed["continued"]
+    shop.wait_for_audit("payments", event="credentials", version=healed["after"]["id"])
+    assert order(shop)["payments"]["secret_version"] == healed["after"]["id"]
+
+
+def test_what_was_rotated_is_in_the_logs(shop: BackgroundStack) -> None:
+    [done] = reported(rotate(shop, "orders", "--json"))
+
+    logs = subprocess.run(
+        [sys.executable, "-m", "ztdev", "logs", "rotation", "--state", str(shop.options.state_dir)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    version = f"(version {done['after']['id'][:8]})"
+    told = [line for line in logs.stdout.splitlines() if version in line]
+    assert f"setSecret done set the password of {done['after']['user']}" in "\n".join(told)
+    assert told[-1].endswith(f"rotation orders rotated {done['after']['user']} {version}")
+
+
+def test_a_rotation_that_fails_says_why(shop: BackgroundStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "FIRST_PAUSE", 0.05)
+    assert rotate(shop, "orders").returncode == 0
+    secret = shop.run(shop.cloud.secret_value("zt-demo/orders/db-rotator"))
+    shop.run(shop.postgres.set_password("orders_rotator", "another"))
+    try:
+        refused = rotate(shop, "orders")
+    finally:
+        shop.run(shop.postgres.set_password("orders_rotator", secret["password"]))
+
+    assert refused.returncode == 1
+    assert "login_refused: orders_rotator at" in refused.stderr
+    assert "given up" in refused.stderr
+    assert order(shop)
+    assert rotate(shop, "orders").returncode == 0
+
+
+def test_wrong_use_and_no_stack_are_told_apart(shop: BackgroundStack, tmp_path: Path) -> None:
+    assert rotate(shop, "payments").returncode == 0
+    assert rotate(shop, "frontend").returncode == 2
+    assert rotate(shop, "payments", "--break", "lunch").returncode == 2
+    nobody = rotate(None, "payments", "--state", tmp_path)
+    assert nobody.returncode == 3
+    assert "No stack runs" in nobody.stderr
