@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from .small_chain import SmallChain
+from .small_chain import SECRET_VERSION, SmallChain
 
 ARGUMENTS = [
     "--headless",
@@ -91,3 +91,4 @@ def chain(_small_chain: SmallChain) -> Iterator[SmallChain]:
     yield _small_chain
     _small_chain.payment = "paid"
     _small_chain.orders_down = False
+    _small_chain.secret_version = SECRET_VERSION

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import httpx
@@ -78,12 +78,14 @@ class SmallChain:
     """Start with ``with``. `url` is the address of the pages.
 
     `payment` is what payments answers: ``paid``, ``declined``, ``pending`` (no answer in time) or
-    ``refused`` (a problem document). With `orders_down` orders refuses every request.
+    ``refused`` (a problem document). With `orders_down` orders refuses every request. `secret_version` is
+    what both log in to their databases with.
     """
 
     def __init__(self, *, svid_ttl: float = 3600, products: list[dict[str, Any]] | None = None) -> None:
         self.payment = "paid"
         self.orders_down = False
+        self.secret_version = SECRET_VERSION
         self.products = PRODUCTS if products is None else products
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -225,19 +227,24 @@ class SmallChain:
             "credentials": {
                 "state": "serving",
                 "secret_id": f"zt-demo/{service}/db",
-                "version": SECRET_VERSION,
-                "age_seconds": 41.2,
+                "version": self.secret_version,
+                "age_seconds": 1.2,
                 "last_error": None,
                 "detail": None,
                 "role_arn": f"arn:aws:iam::123456789012:role/zt-demo-{service}",
                 "source": "web identity",
+                "created_at": _time(-13),
+                "rotation_enabled": True,
+                "next_rotation_at": _time(47),
             },
             "database": _database(service),
         }
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _time(seconds: float = 0) -> str:
+    """RFC 3339, so many seconds from now."""
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _database(service: str) -> dict[str, Any]:
@@ -323,7 +330,7 @@ def _orders(chain: SmallChain, payments: httpx.AsyncClient) -> FastAPI:
             "currency": "EUR",
             "status": "pending",
             "payment_id": None,
-            "created_at": _now(),
+            "created_at": _time(),
         }
         first = {"from": "frontend", "to": "orders", "method": "POST", "path": "/orders"}
         links: list[dict[str, Any]] = [first | {"seen_by_caller": None, "seen_by_callee": seen.as_dict()}]

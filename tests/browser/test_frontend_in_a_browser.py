@@ -199,6 +199,29 @@ def test_a_rotation_is_seen_as_it_happens(page: Page, chain: SmallChain) -> None
     )
 
 
+def test_a_new_database_password_is_seen_as_it_is_taken_up(page: Page, chain: SmallChain) -> None:
+    page.clock.install()
+    page.goto(f"{chain.url}/status")
+    facts = page.locator('[data-login="payments"]')
+    before = chain.secret_version
+    expect(facts).to_contain_text(before[:8])
+    chain.secret_version = "c0ffee00-7c0e-4b5e-9d2b-3f1a8c6d4e21"
+    page.clock.run_for(6000)
+    expect(facts).to_contain_text("c0ffee00, made")
+    expect(page.locator(".log li", has_text="payments")).to_contain_text(
+        f"payments took up a new database password: {before[:8]}… → c0ffee00…"
+    )
+
+
+def test_the_next_rotation_counts_down_and_is_due(page: Page, chain: SmallChain) -> None:
+    page.clock.install()
+    page.goto(f"{chain.url}/status")
+    due = page.locator('[data-login="orders"] .left').last
+    expect(due).to_have_text(re.compile(r"4[0-9] s left"))
+    page.clock.run_for(60_000)
+    expect(due).to_have_text(re.compile(r"due 1[0-9] s ago"))
+
+
 def test_the_time_left_counts_down(page: Page, chain: SmallChain) -> None:
     page.clock.install()
     Shop(page, chain.url).open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Page
 
@@ -33,3 +35,8 @@ def test_status_page_shows_every_service(stack: BackgroundStack, page: Page) -> 
         assert PREFIX + service in text
     assert "zt-demo/orders/db" in text
     assert "zt-demo/payments/db" in text
+    for service in ("orders", "payments"):
+        facts = page.locator(f'[data-login="{service}"]').inner_text()
+        assert f"{service}_app" in facts
+        assert re.search(r"\b[0-9a-f]{8}, made \S+ \S+ ago", facts)
+        assert "not scheduled" in facts  # tests rotate when they like

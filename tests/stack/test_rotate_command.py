@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from ztdev import rotation
@@ -148,3 +150,48 @@ def test_wrong_use_and_no_stack_are_told_apart(shop: BackgroundStack, tmp_path: 
     nobody = rotate(None, "payments", "--state", tmp_path)
     assert nobody.returncode == 3
     assert "No stack runs" in nobody.stderr
+
+
+# -- what the page tells of it
+
+
+def rotations_told(shop: BackgroundStack) -> dict[str, dict[str, Any]]:
+    """What the status tells of each secret, by service, with the database user in use."""
+    with Visitor(shop.urls.page) as visitor:
+        services = visitor.status()["services"]
+    return {
+        each["service"]: each["credentials"] | {"user": each["database"]["user"]}
+        for each in services
+        if each["credentials"]
+    }
+
+
+def test_the_status_comes_up_the_chain_with_version_user_and_next_date(shop: BackgroundStack) -> None:
+    began = datetime.now(UTC).replace(microsecond=0)  # AWS tells whole seconds
+    done = {each["service"]: each for each in reported(rotate(shop, "--json"))}
+    for service, each in done.items():
+        shop.wait_for_audit(service, event="credentials", version=each["after"]["id"])
+    order(shop)
+
+    told = rotations_told(shop)
+
+    assert set(told) == set(DATABASE_SERVICES)
+    client = shop.cloud.admin_client("secretsmanager")
+    for service, each in told.items():
+        assert (each["version"], each["user"]) == (
+            done[service]["after"]["id"],
+            done[service]["after"]["user"],
+        )
+        assert began <= datetime.fromisoformat(each["created_at"]) <= datetime.now(UTC)
+        due = client.describe_secret(SecretId=f"zt-demo/{service}/db")["NextRotationDate"]
+        assert abs((datetime.fromisoformat(each["next_rotation_at"]) - due).total_seconds()) < 0.001
+        assert 3500 < (due - began).total_seconds() < 3700
+
+
+def test_without_a_schedule_the_status_says_so(stack: BackgroundStack) -> None:
+    assert order(stack)
+
+    for told in rotations_told(stack).values():
+        assert (told["next_rotation_at"], told["last_error"]) == (None, None)
+    page = httpx.get(f"{stack.urls.page}/status", headers={"Accept": "text/html"}, trust_env=False).text
+    assert page.count("not scheduled") == len(DATABASE_SERVICES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
@@ -16,9 +18,11 @@ from .conftest import (
     Browser,
     ScriptedOrders,
     hidden_fields,
+    moment,
     order,
     placed,
     problem,
+    report,
     status_answer,
     text_of,
     view,
@@ -370,6 +374,31 @@ async def test_status_shows_every_identity_and_secret(browser: Browser) -> None:
     assert "zt-demo/orders/db" in text
     assert "arn:aws:iam::123456789012:role/zt-demo-payments" in text
     assert text.count("Both sides agree") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ["Version 0a1b2c3d, made ", " ago", "Next rotation by ", " left"]),
+        ({"next_rotation_at": moment(-5)}, ["Next rotation by ", ", due "]),
+        ({"next_rotation_at": None}, ["Next rotation not scheduled"]),
+        ({"next_rotation_at": None, "rotation_enabled": False}, ["Next rotation not scheduled"]),
+        ({"next_rotation_at": None, "rotation_enabled": None}, ["Next rotation not known"]),
+        ({"created_at": None}, ["Version 0a1b2c3d Next rotation"]),
+    ],
+)
+async def test_status_tells_the_rotation_of_each_secret(
+    browser: Browser, orders: ScriptedOrders, changes: dict[str, Any], told: list[str]
+) -> None:
+    behind = report("payments")
+    behind["credentials"] |= changes
+    orders.answers["GET", "/status"] = httpx.Response(200, json=status_answer(behind))
+    text = text_of((await browser.get("/status")).text)
+    _, _, of_payments = text.partition("payments_app")
+    place = 0
+    for words in told:
+        assert words in of_payments[place:], of_payments
+        place = of_payments.index(words, place)
 
 
 async def test_status_says_when_payments_cannot_be_reached(browser: Browser, orders: ScriptedOrders) -> None:

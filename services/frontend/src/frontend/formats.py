@@ -75,10 +75,10 @@ def span(seconds: float) -> str:
     return f"{whole // 3600} h" if whole < 48 * 3600 else f"{whole // 86400} d"
 
 
-def left(moment: datetime, at: datetime) -> str:
+def left(moment: datetime, at: datetime, past: str = "ended") -> str:
     """What remains until `moment`, or how long ago it was: ``48 s left``, ``ended 3:20 ago``."""
     seconds = (moment - at) / timedelta(seconds=1)
-    return f"{span(seconds)} left" if seconds > 0 else f"ended {span(seconds)} ago"
+    return f"{span(seconds)} left" if seconds > 0 else f"{past} {span(seconds)} ago".lstrip()
 
 
 def duration(milliseconds: float) -> str:

@@ -55,6 +55,9 @@ class CredentialsReport(Model):
     age_seconds: float | None = None
     last_error: str | None = None
     role_arn: str | None = None
+    created_at: AwareDatetime | None = None
+    rotation_enabled: bool | None = None
+    next_rotation_at: AwareDatetime | None = None
 
     @property
     def health(self) -> Health:

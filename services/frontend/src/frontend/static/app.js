@@ -15,7 +15,7 @@ function span(seconds) {
 function tick() {
   for (const element of $$("[data-until]")) {
     const seconds = (Date.parse(element.dataset.until) - Date.now()) / 1000;
-    const text = seconds > 0 ? `${span(seconds)} left` : `ended ${span(seconds)} ago`;
+    const text = seconds > 0 ? `${span(seconds)} left` : `${element.dataset.past} ${span(seconds)} ago`.trim();
     if (element.textContent !== text) element.textContent = text;
   }
 }
@@ -122,23 +122,37 @@ function setUpSending(form) {
 
 const EVERY = 5000;
 
-function serials(root = document) {
-  return new Map($$("[data-serial]", root).map((element) => [element.dataset.service, element.dataset.serial]));
+// What is renewed while one watches: the element that holds it, whose it is, its version, what to say of it.
+const RENEWED = [
+  ["[data-serial]", "service", "serial", "got a new certificate"],
+  ["[data-version]", "login", "version", "took up a new database password"],
+];
+
+function held() {
+  return new Map(
+    RENEWED.flatMap(([selector, whose, which, news]) =>
+      $$(selector).map((element) => [
+        `${element.dataset[whose]} ${news}`,
+        { element, version: element.dataset[which] },
+      ]),
+    ),
+  );
 }
 
 function logRotations(before, after) {
   const section = document.querySelector("[data-rotations]");
   if (!section) return;
   const list = section.querySelector(".log");
-  for (const [service, serial] of after) {
-    if (!before.has(service) || before.get(service) === serial) continue;
+  for (const [news, { element, version }] of after) {
+    const old = before.get(news)?.version;
+    if (!old || old === version) continue;
     list.querySelector(".empty")?.remove();
     const item = document.createElement("li");
     const time = new Date().toISOString().slice(11, 19);
-    item.textContent = `${time}  ${service} got a new certificate: ${before.get(service).slice(0, 8)}… → ${serial.slice(0, 8)}…`;
+    item.textContent = `${time}  ${news}: ${old.slice(0, 8)}… → ${version.slice(0, 8)}…`;
     list.prepend(item);
     while (list.children.length > 20) list.lastElementChild.remove();
-    document.querySelector(`[data-service="${service}"]`)?.classList.add("changed");
+    element.classList.add("changed");
   }
 }
 
@@ -147,7 +161,7 @@ async function refresh() {
   const response = await fetch("/status", { headers: { Accept: "text/html" } });
   if (!response.ok) return;
   const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-  const before = serials();
+  const before = held();
   for (const region of $$("[data-live]")) {
     const next = fresh.querySelector(`[data-live="${region.dataset.live}"]`);
     if (!next || region.contains(document.activeElement)) continue;
@@ -155,7 +169,7 @@ async function refresh() {
     region.replaceWith(adopted);
     addCopyButtons(adopted);
   }
-  logRotations(before, serials());
+  logRotations(before, held());
   tick();
 }
 
