@@ -116,6 +116,11 @@ lint-infra: setup .tools/checkov/.ready ## Lint the CloudFormation templates: cf
 soak: setup ## 10,000 rotations and 100,000 connections: do memory and descriptors stay flat? (half an hour)
 	@exec .venv/bin/python -m bench.soak $(ARGS)
 
+.PHONY: rotation
+rotation: setup ## Orders while the database passwords rotate 20 times: none fails, is lost or paid twice
+	@.venv/bin/ztdev prepare
+	@exec .venv/bin/python -m bench.rotation $(ARGS)
+
 .PHONY: fuzz
 fuzz: setup ## Look for inputs that break a parser: BUDGET=seconds (default 120), half of it coverage-guided
 	@$(UV) sync --frozen --quiet --inexact --group fuzz

@@ -27,7 +27,7 @@ from .errors import ExitStatus, NotReady, NotRunning, StackError
 from .events import Steps
 from .interrupts import stop_signals
 from .logfile import LogFile
-from .logview import readable
+from .logview import Tail, readable
 from .options import DATABASE_SERVICES, SERVICES, StackOptions
 from .probing import probe_all
 from .processes import ProcessRef, end_processes, wait_gone
@@ -377,7 +377,7 @@ def logs(
         if name not in known:
             raise StackError(f"There is no log of {name!r}. There is: {', '.join(known)}.")
     show = _LogLines(make_console(), raw=raw, prefix=len(wanted) > 1)
-    tails = {name: _Tail(directory.logs / f"{name}.log") for name in wanted}
+    tails = {name: Tail(directory.logs / f"{name}.log") for name in wanted}
     for name, tail in tails.items():
         old = tail.read()
         show(name, old[-lines:] if lines else [])
@@ -404,27 +404,6 @@ class _LogLines:
             )
             body = f"[{colour}]{escape(text)}[/]" if colour else escape(text)
             self._console.print(head + body, soft_wrap=True)
-
-
-class _Tail:
-    """A file that grows and is rotated away now and then."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("rb")
-        self._pending = b""
-
-    def read(self) -> list[str]:
-        """The lines that have come since the last time, also across one rotation."""
-        data = self._file.read()
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(self._file.fileno()).st_ino != self._path.stat().st_ino:
-                data += self._file.read()
-                self._file.close()
-                self._file = self._path.open("rb")
-                data += self._file.read()
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        return [line.decode("utf-8", errors="replace") for line in lines]
 
 
 # -- order, demo

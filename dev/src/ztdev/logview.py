@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -59,3 +62,24 @@ def _printable(text: str) -> str:
         character if character.isprintable() or character == "\t" else f"\\x{ord(character):02x}"
         for character in text
     )
+
+
+class Tail:
+    """A log file that grows and is rotated away now and then. It is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        self._pending = b""
+
+    def read(self) -> list[str]:
+        """The lines that have come since the last time, also across one rotation."""
+        data = self._file.read()
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(self._file.fileno()).st_ino != self._path.stat().st_ino:
+                data += self._file.read()
+                self._file.close()
+                self._file = self._path.open("rb")
+                data += self._file.read()
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        return [line.decode("utf-8", errors="replace") for line in lines]
