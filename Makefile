@@ -43,7 +43,7 @@ run: setup ## Run the whole stack here; Ctrl-C stops it
 	@exec .venv/bin/ztdev up $(UP_OPTIONS) $(ARGS)
 
 .PHONY: demo
-demo: setup ## Start it apart, place one order, see two refusals, stop
+demo: setup ## Start it apart, order, see two refusals, rotate passwords, order again, stop
 	@exec .venv/bin/ztdev demo $(ARGS)
 
 ##@ Work on it

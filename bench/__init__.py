@@ -1,2 +1,5 @@
-"""The benchmark: ztmtls beside hand-written TLS and plain HTTP, interleaved in one run, as ratios. Beside it,
-programs of their own: `soak` (one server, many rotations) and `rotation` (the stack, while passwords rotate)."""
+"""The benchmark: ztmtls beside hand-written TLS and plain HTTP, interleaved in one run, as ratios.
+
+`soak` (one server, many rotations of its identity) and `rotation` (the stack, while its database passwords
+rotate) are programs of their own.
+"""

@@ -47,7 +47,7 @@ from ztdev.control import ask
 from ztdev.logview import Tail, parse_line
 from ztdev.options import DATABASE_SERVICES, SERVICES, StackOptions
 from ztdev.postgres import PostgresServer
-from ztdev.rotation import Rotation, Version
+from ztdev.rotation import Rotation
 from ztdev.shop import Form, order_form
 from ztdev.stack import Stack
 from ztdev.state import StateDirectory
@@ -211,7 +211,7 @@ class Watch:
 
     def _rotate(self, service: str) -> Rotation:
         told = ask(Path(self.state["sockets"]), "rotate", timeout=DEADLINE, service=service, cut_off_at=None)
-        return Rotation(**told | {name: Version(**told[name]) for name in ("before", "after")})
+        return Rotation.from_dict(told)
 
     def used_by(self, service: str) -> list[str]:
         """The versions of its secret that a service has taken up so far, by its audit log."""

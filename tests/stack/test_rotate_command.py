@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +151,25 @@ def test_wrong_use_and_no_stack_are_told_apart(shop: BackgroundStack, tmp_path: 
     nobody = rotate(None, "payments", "--state", tmp_path)
     assert nobody.returncode == 3
     assert "No stack runs" in nobody.stderr
+
+
+# -- by itself
+
+
+def test_a_stack_on_a_schedule_rotates_by_itself_while_orders_are_paid(tmp_path: Path) -> None:
+    options = StackOptions(state_dir=tmp_path / "state", free_ports=True, rotate_every=3)
+    with BackgroundStack(options) as scheduled:
+        seen: dict[str, set[str]] = {service: set() for service in DATABASE_SERVICES}
+        deadline = time.monotonic() + 60
+        while not all(len(versions) >= 3 for versions in seen.values()):
+            assert time.monotonic() < deadline, seen
+            for service, use in order(scheduled).items():
+                seen[service].add(use["secret_version"])
+        for service in DATABASE_SERVICES:
+            audit = scheduled.audit(service)
+            told = {line["version"] for line in audit if line["event"] == "credentials"}
+            assert seen[service] <= told
+            assert not [line for line in audit if line["decision"] == "deny"]
 
 
 # -- what the page tells of it

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -865,6 +866,21 @@ async def test_a_rotation_begins_with_an_empty_version(orders: Rotated) -> None:
     for which in ({"VersionStage": "AWSPENDING"}, {"VersionId": token}):
         with pytest.raises(ClientError, match="ResourceNotFoundException"):
             await orders.secrets_manager("get_secret_value", **which)
+
+
+async def test_the_dates_of_rotation_are_told(orders: Rotated) -> None:
+    began = time.time()
+    await orders.rotate()
+    told = await orders.secrets_manager("describe_secret")
+    assert began <= told["LastRotatedDate"].timestamp() <= time.time()
+    assert began <= told["NextRotationDate"].timestamp() - 86400 <= time.time()
+
+    # The stand-in does not compute this one.
+    rules = {"ScheduleExpression": "cron(0 4 * * ? *)"}
+    await orders.secrets_manager("rotate_secret", RotateImmediately=False, RotationRules=rules)
+    later = await orders.secrets_manager("describe_secret")
+    assert "NextRotationDate" not in later
+    assert later["LastRotatedDate"] == told["LastRotatedDate"]
 
 
 async def test_a_version_keeps_its_value(orders: Rotated) -> None:

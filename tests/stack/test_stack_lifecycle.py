@@ -367,11 +367,14 @@ def test_page_that_does_not_answer_is_explained() -> None:
     assert "Is the stack up?" in refused.stderr
 
 
-def test_demo_shows_an_order_and_two_refusals(tmp_path: Path) -> None:
+def test_demo_shows_an_order_two_refusals_and_a_rotation(tmp_path: Path) -> None:
     shown = succeeds(ztdev("demo", environment={"TMPDIR": str(tmp_path)}))
     assert "caller_not_allowed" in shown
     assert "no_certificate" in shown
     assert "two calls refused" in shown
+    for service in ("orders", "payments"):
+        assert f"{service}_app → {service}_app_clone" in shown
+        assert f"paid  {service} as {service}_app_clone" in shown
     assert list(tmp_path.iterdir()) == []
 
 

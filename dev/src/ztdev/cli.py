@@ -464,6 +464,8 @@ def rotate(
 
     The services take up a new version by themselves: the page shows when.
     """
+    from .rotation import Rotation
+
     for service in services or []:
         if service not in DATABASE_SERVICES:
             known = " and ".join(DATABASE_SERVICES)
@@ -474,36 +476,20 @@ def rotate(
     rotations: list[dict[str, Any]] = []
     console = make_console()
     for service in services or DATABASE_SERVICES:
-        rotation = ask(
-            Path(data["sockets"]), "rotate", timeout=_ROTATE_WITHIN, service=service, cut_off_at=break_at
+        rotations.append(
+            ask(Path(data["sockets"]), "rotate", timeout=_ROTATE_WITHIN, service=service, cut_off_at=break_at)
         )
-        rotations.append(rotation)
         if not as_json:
-            console.print(_rotated(rotation), soft_wrap=True)
+            console.print(f"[bold]{service:9}[/] {Rotation.from_dict(rotations[-1])}", soft_wrap=True)
     if as_json:
         print(json.dumps({"rotations": rotations}, indent=2))
-
-
-def _rotated(rotation: dict[str, Any]) -> str:
-    before, after = rotation["before"], rotation["after"]
-    service, took = f"[bold]{rotation['service']:9}[/]", f"{rotation['seconds']:.1f} s"
-    if rotation["cut_off_at"]:
-        return (
-            f"{service} cut off at {rotation['cut_off_at']} after {took}: the secret still names "
-            f"{before['user']} (version {before['id'][:8]}). The next rotation goes on with what was begun."
-        )
-    versions = f"version {before['id'][:8]} → {after['id'][:8]}"
-    text = f"{service} {before['user']} → {after['user']}  {versions}  {took}"
-    if rotation["continued"]:
-        text += ", going on with one that was cut off"
-    return text + (f", tried {rotation['attempts']} times" if rotation["attempts"] > 1 else "")
 
 
 @app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary state directory.")] = False,
 ) -> None:
-    """Start a stack apart, place one order, show its chain, make two calls that are refused, stop.
+    """Start a stack apart, order, show the chain, make two calls that are refused, rotate passwords, stop.
 
     Uses free ports and a temporary state directory, so it does not touch a stack that runs. Exit status 0
     when everything went as it should, refusals included.
@@ -514,10 +500,15 @@ def demo(
     console = make_console()
     folder = Path(tempfile.mkdtemp(prefix="zt-demo-"))
     progress = Progress(console)
+    options = StackOptions(
+        state_dir=folder,
+        free_ports=True,
+        report=progress,
+        # Nobody waits here for as long as services usually do before they look for a new version.
+        environment={service: {"DB_SECRET_MAX_AGE_SECONDS": "1"} for service in DATABASE_SERVICES},
+    )
     try:
-        status = asyncio.run(
-            run_demo(StackOptions(state_dir=folder, free_ports=True, report=progress), console, progress)
-        )
+        status = asyncio.run(run_demo(options, console, progress))
     finally:
         if keep:
             console.print(f"Its state is in {folder}.")

@@ -1,4 +1,4 @@
-"""`ztdev demo`: one order that is carried through, and two calls that are refused."""
+"""`ztdev demo`: an order that is carried through, two calls that are refused, passwords that change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .chain import chain_tree
 from .console import Progress
 from .errors import ExitStatus, StackError
 from .interrupts import stop_signals
-from .options import NAMESPACE, TRUST_DOMAIN, StackOptions, spiffe_id
+from .options import DATABASE_SERVICES, NAMESPACE, TRUST_DOMAIN, StackOptions, spiffe_id
 from .shop import Visitor
 from .stack import Stack
 
@@ -47,7 +47,7 @@ class Refusal:
 
 
 async def run_demo(options: StackOptions, console: Console, progress: Progress) -> ExitStatus:
-    """Start, order, be refused twice, stop."""
+    """Start, order, be refused twice, rotate the database passwords, stop."""
     began = time.monotonic()
     stack = Stack(options)
     async with stop_signals(stack.hurry, console) as stop:
@@ -62,7 +62,8 @@ async def run_demo(options: StackOptions, console: Console, progress: Progress) 
             return ExitStatus.INTERRUPTED
         await work
     console.print(
-        f"\nDone in {time.monotonic() - began:.1f} s: one order carried through, two calls refused."
+        f"\nDone in {time.monotonic() - began:.1f} s: orders carried through, two calls refused, "
+        "passwords rotated."
     )
     return ExitStatus.OK
 
@@ -89,7 +90,8 @@ async def _demo(stack: Stack, console: Console, progress: Progress) -> None:
                 "The caller trusts the right authority, and shows nothing of its own.",
                 lambda: call_without_certificate(stack),
             )
-            console.print("\n[bold]5. Stop everything[/]")
+            await _rotate(stack, console)
+            console.print("\n[bold]6. Stop everything[/]")
     finally:
         progress.close()
 
@@ -97,6 +99,23 @@ async def _demo(stack: Stack, console: Console, progress: Progress) -> None:
 def _order(page: str) -> dict[str, Any]:
     with Visitor(page) as visitor:
         return visitor.order()
+
+
+async def _rotate(stack: Stack, console: Console) -> None:
+    """Raises `DemoFailed` unless both services go on with the new logins."""
+    console.print("\n[bold]5. Rotate the database passwords, and order again[/]")
+    rotations = [await stack.rotations.rotate(service) for service in DATABASE_SERVICES]
+    for rotation in rotations:
+        console.print(f"  {rotation.service:9} {rotation}", soft_wrap=True)
+        await stack.wait_for_audit(rotation.service, event="credentials", version=rotation.after.id)
+    document = await asyncio.to_thread(_order, stack.urls.page)
+    used = {use["service"]: use for use in document["databases"]}
+    for rotation in rotations:
+        use = used[rotation.service]
+        if document["order"]["status"] != "paid" or use["user"] != rotation.after.user:
+            raise DemoFailed(f"The order is {document['order']['status']}, by {use['user']}.")
+        version = use["secret_version"][:8]
+        console.print(f"  [green]paid[/]  {rotation.service} as {use['user']}, version {version}")
 
 
 async def _refused(

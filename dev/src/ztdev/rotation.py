@@ -16,8 +16,8 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
 from uuid import uuid4
@@ -75,6 +75,25 @@ class Rotation:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, members: Mapping[str, Any]) -> Rotation:
+        """What `as_dict` returned, also after a way through JSON."""
+        versions = {name: Version(**members[name]) for name in ("before", "after")}
+        return cls(**{**members, **versions})
+
+    def __str__(self) -> str:
+        """For people: one line, without the service."""
+        before, after = self.before, self.after
+        if self.cut_off_at:
+            return (
+                f"cut off at {self.cut_off_at} after {self.seconds:.1f} s: the secret still names "
+                f"{before.user} (version {before.id[:8]}). The next rotation goes on with what was begun."
+            )
+        text = f"{before.user} → {after.user}  version {before.id[:8]} → {after.id[:8]}  {self.seconds:.1f} s"
+        if self.continued:
+            text += ", going on with one that was cut off"
+        return text + (f", tried {self.attempts} times" if self.attempts > 1 else "")
 
 
 class Record(Protocol):
@@ -140,6 +159,14 @@ class Rotations:
             self._record("cut off", service=service, version=token, step=cut_off_at)
         seconds = round(time.monotonic() - began, 3)
         return Rotation(service, before, after, attempts, seconds, continued, cut_off_at)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Nothing is rotated inside of the ``with`` block: somebody else sets passwords there."""
+        async with AsyncExitStack() as locks:
+            for lock in self._locks.values():
+                await locks.enter_async_context(lock)
+            yield
 
     # -- the schedule
 

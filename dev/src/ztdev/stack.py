@@ -469,8 +469,9 @@ class Stack:
     async def _restart_cloud(self) -> None:
         # It comes back empty, with new passwords: the database has to learn them, and the services read the
         # secrets again when their login is refused.
-        await self.cloud.start()
-        await self._set_passwords()
+        async with self.rotations.held():
+            await self.cloud.start()
+            await self._set_passwords()
 
     # -- what other commands ask
 
@@ -649,6 +650,8 @@ class Stack:
 
     def _log_secret_rotation(self, event: str, **facts: Any) -> None:
         self._log_own(self._rotation_log, "rotation", event, **facts)
+        if event == "failed":
+            self._steps.notice(f"the rotation of {facts['service']} failed: {facts['detail']}", "warning")
 
     def _log_own(self, log: LogFile | None, name: str, event: str, **fields: Any) -> None:
         if log is not None:
