@@ -135,30 +135,7 @@ class Rotations:
             RotationFailed: a step failed too often, or Secrets Manager does not answer.
         """
         async with self._locks[service]:
-            try:
-                return await self._rotate(service, cut_off_at)
-            except RotationFailed as failure:
-                self._record("failed", service=service, detail=str(failure))
-                raise
-
-    async def _rotate(self, service: str, cut_off_at: str | None) -> Rotation:
-        began = time.monotonic()
-        before = await self._current(service)
-        token, continued = await self._begin(service)
-        self._record("begin", service=service, version=token, user=before.user, continued=continued)
-        if cut_off_at is None:
-            attempts = await self._carry_through(service, token)
-        else:
-            attempts = 1
-            for step in STEPS[: STEPS.index(cut_off_at)]:
-                await self._step(service, token, step)
-        after = await self._current(service)
-        if cut_off_at is None:
-            self._record("rotated", service=service, version=token, user=after.user)
-        else:
-            self._record("cut off", service=service, version=token, step=cut_off_at)
-        seconds = round(time.monotonic() - began, 3)
-        return Rotation(service, before, after, attempts, seconds, continued, cut_off_at)
+            return await self._rotate(service, cut_off_at)
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
@@ -179,12 +156,18 @@ class Rotations:
                 elif due > 0:
                     await asyncio.sleep(min(due, _LOOK_AGAIN))
                 else:
-                    await self.rotate(service)
+                    await self._rotate_if_due(service)
             except RotationFailed:
                 await asyncio.sleep(_AFTER_FAILURE)
             except Exception:
                 logger.exception("the schedule of %s", service)
                 await asyncio.sleep(_AFTER_FAILURE)
+
+    async def _rotate_if_due(self, service: str) -> None:
+        async with self._locks[service]:
+            due = await self._due(service)
+            if due is not None and due <= 0:  # nobody has asked for one meanwhile
+                await self._rotate(service, None)
 
     async def _due(self, service: str) -> float | None:
         """Seconds until the next rotation; None when the secret is on no schedule."""
@@ -203,7 +186,33 @@ class Rotations:
         rate = f"rate({self._every:.0f} seconds)"
         return function | ({"RotationRules": {"ScheduleExpression": rate}} if self._every else {})
 
-    # -- one rotation
+    # -- one rotation, with the lock
+
+    async def _rotate(self, service: str, cut_off_at: str | None) -> Rotation:
+        try:
+            return await self._carry_out(service, cut_off_at)
+        except RotationFailed as failure:
+            self._record("failed", service=service, detail=str(failure))
+            raise
+
+    async def _carry_out(self, service: str, cut_off_at: str | None) -> Rotation:
+        began = time.monotonic()
+        before = await self._current(service)
+        token, continued = await self._begin(service)
+        self._record("begin", service=service, version=token, user=before.user, continued=continued)
+        if cut_off_at is None:
+            attempts = await self._carry_through(service, token)
+        else:
+            attempts = 1
+            for step in STEPS[: STEPS.index(cut_off_at)]:
+                await self._step(service, token, step)
+        after = await self._current(service)
+        if cut_off_at is None:
+            self._record("rotated", service=service, version=token, user=after.user)
+        else:
+            self._record("cut off", service=service, version=token, step=cut_off_at)
+        seconds = round(time.monotonic() - began, 3)
+        return Rotation(service, before, after, attempts, seconds, continued, cut_off_at)
 
     async def _begin(self, service: str) -> tuple[str, bool]:
         """The version to make, which is AWSPENDING from now on, and whether it was so before."""
