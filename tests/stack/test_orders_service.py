@@ -41,11 +41,11 @@ from payments.migrations import MIGRATIONS as PAYMENTS_MIGRATIONS
 from payments.settings import PACKAGED_POLICY as PAYMENTS_POLICY
 from ztdev.postgres import PostgresServer
 from ztdev.stack import BackgroundProcess, BackgroundStack
+from ztmtls.asgi import Message, Receive, Scope, Send
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy, load_policy
 from ztmtls.client import AsyncClient
 from ztmtls.database import DatabaseTarget, create_engine, sync_engine
-from ztmtls.guard import Message, Receive, Scope, Send
 from ztmtls.listen import bind
 from ztmtls.migrations import Migrations
 from ztmtls.probes import Probes

@@ -8,20 +8,18 @@ own that an application must ask for, and what it yields is a `JwtCaller`, never
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from .asgi import ASGIApp, Receive, Scope, Send, send_refusal
 from .audit import AuditLog
 from .authz import NotAuthorized, Policy, PolicyFile, authorize_request
-from .guard import ASGIApp, Receive, Scope, Send
 from .ids import SpiffeId
 from .jwt_source import NoBundles
 from .jwt_svid import JwtRefused, JwtSvid
-from .problems import MEDIA_TYPE, problem_body
 from .reasons import Reason, Refusal, printable
 from .svid import rfc3339
 
@@ -149,7 +147,7 @@ def _token(scope: Scope) -> str:
 
 
 async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
-    headers = [(b"content-type", MEDIA_TYPE.encode())]
+    headers = []
     if isinstance(refusal, NotAuthorized):
         status, title = 403, "Refused"
     elif isinstance(refusal, NoBundles):
@@ -160,17 +158,7 @@ async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
         challenge = b"Bearer" if missing else b'Bearer error="invalid_token"'
         headers.append((b"www-authenticate", challenge))
         status, title = 401, "A JWT-SVID is needed" if missing else "The JWT-SVID is not accepted"
-    if scope["type"] == "websocket":
-        if "websocket.http.response" not in scope.get("extensions", {}):
-            await send({"type": "websocket.close", "code": 1008, "reason": str(refusal.reason)})
-            return
-        kind = "websocket.http.response"
-    else:
-        kind = "http.response"
-    body = json.dumps(problem_body(status, refusal.reason, title, refusal.detail)).encode()
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": f"{kind}.start", "status": status, "headers": headers})
-    await send({"type": f"{kind}.body", "body": body})
+    await send_refusal(scope, send, refusal, status, title, headers)
 
 
 __all__ = ["BearerGuard", "JwtCaller", "JwtValidator", "NoJwtCaller", "jwt_caller"]

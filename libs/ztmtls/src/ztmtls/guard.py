@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
+from .asgi import ASGIApp, Message, Receive, Scope, Send, send_refusal
 from .audit import AuditLog
-from .authz import Policy, PolicyFile, authorize_request
+from .authz import NotAuthorized, Policy, PolicyFile, authorize_request
 from .identity import NoPeer, RequestIdentity, request_identity, set_request_identity
-from .problems import MEDIA_TYPE, problem_body
 from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
 from .tls import Connection
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 1 << 20
 """Bytes that a request's body may have, unless said otherwise."""
@@ -94,7 +86,7 @@ class Guard:
         """Raise a `Refusal` unless the peer of `connection` is acceptable, and named by some rule."""
         connection.recheck(self._source.context, datetime.now(UTC))
         if not self.policy.names(connection.peer.id):
-            raise Refusal(Reason.CALLER_NOT_ALLOWED, f"no rule names {connection.peer.id}")
+            raise NotAuthorized(Reason.CALLER_NOT_ALLOWED, f"no rule names {connection.peer.id}")
 
     def check(self, connection: Connection, scope: Scope) -> str:
         """The rule that lets the peer of `connection` make the request of `scope`, or a `Refusal` raised."""
@@ -173,36 +165,20 @@ class _LimitedBody:
             self._more = False
 
 
-# The answer to a verified caller who may not do this: 403. When the connection's identity is no longer
-# good, or there never was one, or ours is gone, the connection is of no more use.
-_AUTHORIZATION = (Reason.CALLER_NOT_ALLOWED, Reason.ROUTE_NOT_ALLOWED, Reason.AMBIGUOUS_PATH)
-
-
 async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
-    if isinstance(refusal, NoIdentity):
+    headers = [(b"connection", b"close")]
+    if isinstance(refusal, NotAuthorized):
+        # A verified caller who may not do this. In all other cases the connection is of no more use.
+        status, title, headers = 403, "Refused", []
+    elif isinstance(refusal, NoPeer):
+        status, title = 403, "Refused"
+    elif isinstance(refusal, NoIdentity):
         status, title = 503, "This service has no identity at the moment"
     elif refusal.reason is Reason.TOO_LARGE:
         status, title = 413, "The request is too large"
-    elif isinstance(refusal, NoPeer) or refusal.reason in _AUTHORIZATION:
-        status, title = 403, "Refused"
     else:
         status, title = 401, "Your identity is no longer accepted on this connection"
-    body = json.dumps(problem_body(status, refusal.reason, title, refusal.detail)).encode()
-    headers = [
-        (b"content-type", MEDIA_TYPE.encode()),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    if refusal.reason not in _AUTHORIZATION:
-        headers.append((b"connection", b"close"))
-    if scope["type"] == "websocket":
-        if "websocket.http.response" not in scope.get("extensions", {}):
-            await send({"type": "websocket.close", "code": 1008, "reason": str(refusal.reason)})
-            return
-        kind = "websocket.http.response"
-    else:
-        kind = "http.response"
-    await send({"type": f"{kind}.start", "status": status, "headers": headers})
-    await send({"type": f"{kind}.body", "body": body})
+    await send_refusal(scope, send, refusal, status, title, headers)
 
 
 def _with_close(send: Send) -> Send:

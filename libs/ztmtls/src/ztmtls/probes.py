@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from .asgi import Receive, Scope, Send
 from .audit import AuditLog
-from .guard import Receive, Scope, Send
 from .listen import PlainServer, bind
 from .live import LiveConnections
 from .metrics import Collector

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 
+from .asgi import ASGIApp
 from .audit import AuditLog
 from .authz import Authorizer, Policy, PolicyFile
-from .guard import MAX_BODY, ASGIApp, Guard
+from .guard import MAX_BODY, Guard
 from .lifecycle import beside
 from .listen import PortInUse, bind, serve_until_stopped
 from .live import LiveConnections, LiveLimits

@@ -21,7 +21,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from cryptography import x509
 
@@ -146,13 +146,6 @@ def connection_of(ssl_object: object) -> Connection:
     if not isinstance(connection, Connection):
         raise PeerRefused(Reason.NO_CERTIFICATE, "the connection was not verified by ztmtls")
     return connection
-
-
-class _Handshake(Protocol):
-    ztmtls_connection: Connection | None
-
-    def version(self) -> str | None: ...
-    def cipher(self) -> tuple[str, str, int] | None: ...
 
 
 class _VerifiedObject(ssl.SSLObject):

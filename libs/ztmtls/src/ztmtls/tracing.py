@@ -16,7 +16,8 @@ import httpx
 from opentelemetry import propagate
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
-from .guard import ASGIApp, Message, Receive, Scope, Send, refusal_of
+from .asgi import ASGIApp, Message, Receive, Scope, Send
+from .guard import refusal_of
 from .hop import HopView
 from .identity import NoPeer, request_identity
 from .reasons import Refusal

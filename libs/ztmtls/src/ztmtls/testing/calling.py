@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 
 import httpx
 
+from ztmtls.asgi import ASGIApp, Receive, Scope, Send
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy, PolicyFile
-from ztmtls.guard import ASGIApp, Guard, Receive, Scope, Send
+from ztmtls.guard import Guard
 from ztmtls.identity import RequestIdentity, set_request_identity
 from ztmtls.ids import SpiffeId
 from ztmtls.source import StaticSource
