@@ -25,6 +25,7 @@ from ztmtls.authz import (
     all_of,
     any_of,
     authorize_request,
+    decide_request,
     exact,
     is_ambiguous,
     load_policy,
@@ -316,7 +317,9 @@ def test_request_is_allowed_by_a_rule_or_denied_for_a_reason() -> None:
     ):
         error = denied(policy, caller, method, path)
         assert error.reason is reason
-        assert error.detail == policy.decide(SpiffeId.parse(caller), method, path).detail
+        decision = decide_request(policy, SpiffeId.parse(caller), method, path, path.encode())
+        assert decision == policy.decide(SpiffeId.parse(caller), method, path)
+        assert (error.reason, error.detail) == (decision.reason, decision.detail)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from tests.unit.cli_process import CONSOLE_SCRIPT, REPOSITORY, answer, environment, ztmtls
 from ztmtls.authz import METHODS, Policy, PolicyDocument, PolicyError, is_ambiguous, load_policy
-from ztmtls.cli.decision import Request, decide, mismatches
+from ztmtls.cli.decision import Request, mismatches
 from ztmtls.cli.policy_check import compare
 from ztmtls.cli.policy_schema import schema_text
 from ztmtls.cli.routes import AppRoute
@@ -320,7 +320,7 @@ async def test_explanation_is_what_the_guard_answers(policy: Path, peer: str) ->
     async with calling_as(app, peer, loaded) as client:
         for target in TARGETS:
             response = await client.get(target)
-            told = decide(loaded, Request.sent(SpiffeId.parse(peer), "GET", target))
+            told = Request.sent(SpiffeId.parse(peer), "GET", target).decided_by(loaded)
             guarded = response.status_code != 403
             assert told.allowed == guarded, target
             if not told.allowed:
@@ -360,7 +360,7 @@ def test_each_rule_says_at_least_one_thing_when_nothing_matches(policy: Path) ->
         for method in sorted(METHODS):
             for target in TARGETS:
                 request = Request.sent(SpiffeId.parse(peer), method, target)
-                decision = decide(loaded, request)
+                decision = request.decided_by(loaded)
                 if decision.reason is Reason.ROUTE_NOT_ALLOWED:
                     assert all(mismatch.why for mismatch in mismatches(loaded, request)), request
                 elif decision.allowed:

@@ -482,17 +482,24 @@ class PolicyFile:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def authorize_request(
+def decide_request(
     policy: Policy | PolicyFile, caller: SpiffeId, method: str, path: str, raw_path: bytes
-) -> str:
-    """The name of the rule that lets a verified `caller` do this. Raises `NotAuthorized` when none does.
+) -> Decision:
+    """Decide on a verified `caller`'s request as it came: the path must have one meaning, and a rule for it.
 
     `path` is the decoded path without the query, `raw_path` the same as it came.
     """
     if is_ambiguous(path, raw_path):
-        raise NotAuthorized(Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
+        return Decision(None, Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
     current = policy.current if isinstance(policy, PolicyFile) else policy
-    decision = current.decide(caller, method, path)
+    return current.decide(caller, method, path)
+
+
+def authorize_request(
+    policy: Policy | PolicyFile, caller: SpiffeId, method: str, path: str, raw_path: bytes
+) -> str:
+    """The name of the rule by which `decide_request` allows this. Raises `NotAuthorized` when it does not."""
+    decision = decide_request(policy, caller, method, path, raw_path)
     if decision.rule is None:
         raise NotAuthorized(decision.reason or Reason.ROUTE_NOT_ALLOWED, decision.detail)
     return decision.rule

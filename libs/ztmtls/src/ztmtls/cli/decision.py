@@ -1,4 +1,4 @@
-"""What a caller would be told, by the same two functions that `guard.Guard` asks, in the same order."""
+"""What a caller would be told, by the function that `guard.Guard` asks, and why each rule does not match."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, unquote
 
-from ztmtls.authz import METHODS, Decision, Policy, Rule, is_ambiguous, template_segments
+from ztmtls.authz import METHODS, Decision, Policy, Rule, decide_request, template_segments
 from ztmtls.ids import SpiffeId
-from ztmtls.reasons import Reason, printable
+from ztmtls.reasons import printable
 
 from .output import UsageError, shown
 
@@ -32,6 +32,10 @@ class Request:
         path = unquote(raw.partition("?")[0])
         return cls(peer, method, path, raw.encode("ascii"))
 
+    def decided_by(self, policy: Policy) -> Decision:
+        """What a server with this policy decides, once the caller's certificate is verified."""
+        return decide_request(policy, self.peer, self.method, self.path, self.raw_path)
+
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
@@ -44,13 +48,6 @@ class Mismatch:
     def as_dict(self) -> dict[str, Any]:
         """For machines."""
         return {"rule": self.rule.name, "why": list(self.why)}
-
-
-def decide(policy: Policy, request: Request) -> Decision:
-    """What the guard would decide, once the caller's certificate is verified."""
-    if is_ambiguous(request.path, request.raw_path):
-        return Decision(None, Reason.AMBIGUOUS_PATH, "the path could be read in more than one way")
-    return policy.decide(request.peer, request.method, request.path)
 
 
 def mismatches(policy: Policy, request: Request) -> list[Mismatch]:

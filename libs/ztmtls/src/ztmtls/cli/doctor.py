@@ -13,7 +13,7 @@ from ztmtls.reasons import Reason
 from .agent_checks import agent_checks
 from .checks import Check, Deadline, Overdue, Status, fail, ok, skip
 from .connect_checks import address, connect_checks
-from .decision import Request, decide, mismatches
+from .decision import Request, mismatches
 from .endpoint_checks import endpoint_checks
 from .output import Exit, Style, UsageError, command, write, write_json
 from .policy_check import add_app_options, compare, fault_line
@@ -166,7 +166,7 @@ def _app_checks(
 
 
 def _told(policy: Policy, request: Request) -> Check:
-    decision = decide(policy, request)
+    decision = request.decided_by(policy)
     asked = f"{request.peer} asks {request.method} {request.path}"
     if decision.allowed:
         return ok("request", f"{asked}: allowed by rule {decision.rule}")

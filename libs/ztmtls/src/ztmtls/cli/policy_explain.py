@@ -10,7 +10,7 @@ from ztmtls.authz import Decision, PolicyError, load_policy
 from ztmtls.ids import InvalidSpiffeId, SpiffeId
 from ztmtls.reasons import Reason
 
-from .decision import Mismatch, Request, decide, mismatches
+from .decision import Mismatch, Request, mismatches
 from .output import Exit, Style, UsageError, command, shown, write, write_json
 from .policy_check import report_faults
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Exit:
         policy = load_policy(arguments.policy)
     except PolicyError as error:
         return report_faults(arguments.policy, error.faults, as_json=arguments.json)
-    decision = decide(policy, request)
+    decision = request.decided_by(policy)
     nearest = [] if decision.reason in (None, Reason.AMBIGUOUS_PATH) else mismatches(policy, request)
     if arguments.json:
         write_json(_as_dict(request, decision, nearest))
