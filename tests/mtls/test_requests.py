@@ -123,6 +123,28 @@ async def test_a_server_that_refuses_our_certificate_says_so(
     assert refused.value.reason is Reason.REFUSED_BY_SERVER
 
 
+async def test_a_refusal_that_was_being_handled_is_no_cause_of_what_fails_next(
+    served: Served, session: Session, caller: StaticSource
+) -> None:
+    async def say_hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"this is no TLS\r\n")
+        writer.close()
+
+    def ask_while_handling_a_refusal(url: str) -> None:
+        with Session(caller, peer=STRANGER) as wrong:
+            try:
+                wrong.get(f"{served.url}/thing")
+            except ServerRefused:
+                session.get(url)
+
+    assert (await get(session, f"{served.url}/thing")).ok
+    async with await asyncio.start_server(say_hello, "127.0.0.1", 0) as plain:
+        url = f"https://127.0.0.1:{plain.sockets[0].getsockname()[1]}"
+        with pytest.raises(requests.exceptions.SSLError) as failed:
+            await asyncio.to_thread(ask_while_handling_a_refusal, url)
+    assert not isinstance(failed.value, ServerRefused)
+
+
 async def test_without_an_identity_nothing_is_sent(
     served: Served, session: Session, caller: StaticSource
 ) -> None:

@@ -20,7 +20,14 @@ from ztmtls.authz import exact
 from ztmtls.reasons import Reason
 from ztmtls.source import StaticSource
 from ztmtls.testing import CertificateAuthority
-from ztmtls.tls import TlsRefused, client_context, connection_of, reason_of, server_context
+from ztmtls.tls import (
+    TlsRefused,
+    client_context,
+    connection_of,
+    reason_of,
+    refusal_behind,
+    server_context,
+)
 from ztmtls.verify import PeerRefused
 
 CALLER = "spiffe://zt.example/ns/zt-demo/sa/caller"
@@ -193,6 +200,56 @@ def test_caller_that_refuses_us_is_told_from_one_we_refuse(
         pair.server.do_handshake()
 
     assert denials(audited) == [("callee", "refused_by_caller")]
+
+
+def openssl_error(said: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, said)
+    error.reason = said
+    return error
+
+
+def packed(cause: BaseException, *, named: bool) -> BaseException:
+    """`cause` behind an exception that names it, or that was raised while it was handled."""
+    try:
+        try:
+            raise cause
+        except BaseException as caught:
+            if named:
+                raise OSError("the request failed") from caught
+            raise OSError("the request failed") from OSError("another cause")
+    except OSError as error:
+        return error
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_refusal_is_found_however_a_library_packs_it(
+    ca: CertificateAuthority, caller: ssl.SSLContext, named: bool
+) -> None:
+    ours = PeerRefused(Reason.EXPIRED, "it expired")
+    assert refusal_behind(packed(TlsRefused(ours), named=named)) is ours
+
+    stranger = CertificateAuthority("zt.example")
+    with pytest.raises(ssl.SSLCertVerificationError) as openssls:
+        Pair(caller, plain_context(ssl.PROTOCOL_TLS_SERVER, stranger.issue(SERVER), ca.bundle)).handshake()
+    found = refusal_behind(packed(openssls.value, named=named))
+    assert found is not None
+    assert (found.reason, found.detail) == (Reason.UNTRUSTED_AUTHORITY, openssls.value.verify_message)
+
+    told = refusal_behind(packed(openssl_error("TLSV1_ALERT_UNKNOWN_CA"), named=named))
+    assert told is not None
+    assert told.reason is Reason.REFUSED_BY_SERVER
+    assert told.detail == "the server refused our certificate: tlsv1 alert unknown ca"
+
+
+def test_no_refusal_is_found_where_none_is() -> None:
+    alert = openssl_error("TLSV1_ALERT_UNKNOWN_CA")
+    error = packed(alert, named=False)
+    assert refusal_behind(error) is not None
+
+    assert refusal_behind(error, outer=alert) is None, "it was there before the call began"
+    assert refusal_behind(openssl_error("WRONG_VERSION_NUMBER")) is None
+    assert refusal_behind(ssl.SSLCertVerificationError(1, "of a library that OpenSSL never saw")) is None
+    assert refusal_behind(OSError("connection reset")) is None
 
 
 # -- Without an identity --------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ transport does; the blocking one on httpx's own.
 from __future__ import annotations
 
 import asyncio
-import ssl
 import sys
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
@@ -29,7 +28,7 @@ from .hop import HopView
 from .ids import SpiffeId
 from .reasons import Reason, Refusal
 from .source import Source
-from .tls import Connection, GenerationContext, TlsRefused, connection_of, reason_of
+from .tls import Connection, GenerationContext, connection_of, refusal_behind
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -534,29 +533,13 @@ def _https_only(request: httpx.Request) -> None:
 
 
 def _raise_refusal(error: BaseException, outer: BaseException | None) -> None:
-    """Raise the typed exception if an identity stands behind `error`; else return.
-
-    `outer` is what the caller was handling when the request began: it is no cause of this.
-    """
-    for cause in _causes(error, outer):
-        if isinstance(cause, TlsRefused):
-            raise ServerRefused(cause.refusal) from error
-        if isinstance(cause, aiohttp.ClientError):
-            continue  # some of them pose as an SSLError without being one
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            raise ServerRefused(Refusal(reason_of(cause), cause.verify_message)) from error
-        if isinstance(cause, ssl.SSLError) and reason_of(cause) is Reason.REFUSED_BY_SERVER:
-            said = (cause.reason or "").lower().replace("_", " ")
-            raise RefusedByServer(f"the server refused our certificate: {said}") from error
-
-
-def _causes(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and cause is not outer and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+    """Raise the typed exception if an identity stands behind `error`; else return."""
+    refusal = refusal_behind(error, outer)
+    if refusal is None:
+        return
+    if refusal.reason is Reason.REFUSED_BY_SERVER:
+        raise RefusedByServer(refusal.detail) from error
+    raise ServerRefused(refusal) from error
 
 
 # What aiohttp raises, as what httpx would. Order matters: the first that fits counts. A "connect" error

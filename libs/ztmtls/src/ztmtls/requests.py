@@ -8,7 +8,7 @@ while its peer is acceptable and our own identity is the one that it was made wi
 
 from __future__ import annotations
 
-import ssl
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +17,6 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse, HTTPSConnectionPool
 from urllib3.connection import HTTPSConnection
-from urllib3.exceptions import MaxRetryError
 
 from .audit import AuditLog
 from .authz import Authorizer, exact
@@ -25,7 +24,7 @@ from .hop import HopView
 from .ids import SpiffeId
 from .reasons import Reason, Refusal
 from .source import NoIdentity, Source
-from .tls import Connection, client_context, connection_of, reason_of
+from .tls import Connection, client_context, connection_of, refusal_behind
 
 DEFAULT_TIMEOUT = (5.0, 10.0)
 """Seconds to connect, and to wait for the server at each read, where a call names no `timeout`."""
@@ -131,6 +130,7 @@ class _Adapter(HTTPAdapter):
         proxies: Mapping[str, str] | None = None,
     ) -> requests.Response:
         """As `HTTPAdapter.send`, over verified connections only."""
+        outer = sys.exception()
         try:
             _ = self._source.context
         except NoIdentity as refusal:
@@ -139,9 +139,12 @@ class _Adapter(HTTPAdapter):
             # verify and cert are for contexts that take trust and certificates from files.
             return super().send(request, stream, timeout or DEFAULT_TIMEOUT, True, None, proxies)
         except requests.exceptions.SSLError as error:
-            if (refused := _refusal_behind(error)) is not None:
-                raise refused from error
-            raise
+            behind = refusal_behind(error, outer)
+            if behind is None:
+                raise
+            if behind.reason is Reason.REFUSED_BY_SERVER:
+                raise RefusedByServer(behind.detail) from error
+            raise ServerRefused(behind) from error
 
 
 class _Connection(HTTPSConnection):
@@ -179,25 +182,6 @@ def hop(response: requests.Response) -> HopView:
     raw: Any = response.raw
     connection: Connection = raw.ztmtls_connection
     return connection.view()
-
-
-def _refusal_behind(error: requests.exceptions.SSLError) -> Exception | None:
-    """Our own exception for what urllib3 packed up: the cause is an argument of an argument there."""
-    cause: Any = error.args[0] if error.args else None
-    if isinstance(cause, MaxRetryError):
-        cause = cause.reason
-    while isinstance(cause, Exception) and not isinstance(cause, ssl.SSLError) and cause.args:
-        cause = cause.args[0]
-    if not isinstance(cause, ssl.SSLError):
-        return None
-    reason = reason_of(cause)
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        refusal = getattr(cause, "refusal", None) or Refusal(reason, cause.verify_message)
-        return ServerRefused(refusal)
-    if reason is Reason.REFUSED_BY_SERVER:
-        said = (cause.reason or "").lower().replace("_", " ")
-        return RefusedByServer(f"the server refused our certificate: {said}")
-    return None
 
 
 __all__ = ["DEFAULT_TIMEOUT", "NoIdentityError", "RefusedByServer", "ServerRefused", "Session", "hop"]

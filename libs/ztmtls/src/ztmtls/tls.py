@@ -19,7 +19,7 @@ import secrets
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -547,6 +547,37 @@ def reason_of(error: ssl.SSLError) -> Reason:
     if is_alert(error) and any(name in said for name in _ALERTS_ABOUT_CERTIFICATES):
         return Reason.REFUSED_BY_SERVER
     return _OPENSSL_REASONS.get(said, Reason.TLS_FAILURE)
+
+
+def refusal_behind(error: BaseException, outer: BaseException | None = None) -> Refusal | None:
+    """The refusal that made a client's call end in `error`, however its library wrapped it, or None.
+
+    Its reason is `refused_by_server` when the server refused our certificate; with any other reason it was us
+    who refused the handshake. `outer` is what was being handled when the call began: it is no cause of this.
+    """
+    for cause in _causes(error, outer):
+        if isinstance(cause, TlsRefused):
+            return cause.refusal
+        if not isinstance(cause, ssl.SSLError) or not hasattr(cause, "reason"):
+            continue  # what OpenSSL did not raise has no reason: some libraries' errors pose as an SSLError
+        reason = reason_of(cause)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Refusal(reason, cause.verify_message)
+        if reason is Reason.REFUSED_BY_SERVER:
+            return Refusal(reason, f"the server refused our certificate: {_openssl_text(cause)}")
+    return None
+
+
+def _causes(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what led to it, causes before contexts: libraries keep one or the other."""
+    seen = {id(outer)}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            waiting += (cause.__context__, cause.__cause__)
 
 
 def is_alert(error: ssl.SSLError) -> bool:
