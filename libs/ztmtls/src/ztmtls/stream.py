@@ -30,6 +30,16 @@ logger = logging.getLogger(__name__)
 METADATA = (("workload.spiffe.io", "true"),)
 """The security header, on every call (Workload Endpoint section 3)."""
 
+CHANNEL_OPTIONS: Mapping[str, int] = {
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.enable_http_proxy": 0,
+    "grpc.max_receive_message_length": 16 << 20,
+}
+"""Of each channel to an agent: its own connection, never through a proxy, messages up to 16 MiB.
+
+A connection of a former attempt is not taken up again: an agent attests the caller per connection.
+"""
+
 # Retries: the first comes at once, then ever later, with jitter so that many workloads on one node do not
 # ask in step. Nothing here grows without bound.
 _FIRST_DELAY = 0.1
@@ -50,20 +60,12 @@ _LOOK = 1.0
 def open_channel(target: str, **more: int) -> grpc.aio.Channel:
     """A channel for one attempt; `more` are gRPC channel options.
 
-    gRPC's own reconnect backoff grows to minutes, and the socket file may be another one by now. Nor is a
-    connection of a former attempt taken up again: an agent attests the caller per connection. Local calls
-    never go through a proxy.
+    gRPC's own reconnect backoff grows to minutes, and the socket file may be another one by now.
     """
-    options: Mapping[str, int] = {
-        "grpc.use_local_subchannel_pool": 1,
-        "grpc.enable_http_proxy": 0,
-        "grpc.max_receive_message_length": 16 << 20,
-        **more,
-    }
-    return grpc.aio.insecure_channel(target, options=list(options.items()))
+    return grpc.aio.insecure_channel(target, options=list({**CHANNEL_OPTIONS, **more}.items()))
 
 
-def stub_of(channel: grpc.aio.Channel) -> Any:
+def stub_of(channel: grpc.aio.Channel | grpc.Channel) -> Any:
     """The generated stub on `channel`."""
     return workload_pb2_grpc.SpiffeWorkloadAPIStub(channel)  # type: ignore[no-untyped-call]
 
@@ -362,4 +364,13 @@ class SupervisedStream(Announcer, ABC):
         logger.warning("%s (Workload API at %s)", problem, self.target)
 
 
-__all__ = ["DENIAL_GRACE", "METADATA", "SupervisedStream", "explain", "open_channel", "status_of", "stub_of"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "DENIAL_GRACE",
+    "METADATA",
+    "SupervisedStream",
+    "explain",
+    "open_channel",
+    "status_of",
+    "stub_of",
+]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from spiffe._proto import workload_pb2, workload_pb2_grpc
+from spiffe._proto import workload_pb2
 
 from ztmtls.ids import SpiffeId
 from ztmtls.reasons import Reason, Refusal
 from ztmtls.source import X509Source
+from ztmtls.stream import CHANNEL_OPTIONS, METADATA, stub_of
 from ztmtls.svid import MAX_CHAIN, InvalidSvid, X509Context, certificates_from_der
 
 from .checks import Check, Deadline, fail, ok, skip, warn
@@ -28,8 +29,7 @@ def agent_checks(
     endpoint: str | None, target: str, expected: SpiffeId | None, deadline: Deadline
 ) -> Generator[Check, None, X509Context | None]:
     """gRPC, Workload API, SVID, clock, identity, bundles. Returns the context when it can be used."""
-    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 16 << 20)]
-    with grpc.insecure_channel(target, options=options) as channel:
+    with grpc.insecure_channel(target, options=list(CHANNEL_OPTIONS.items())) as channel:
         found = _speaks_grpc(channel, target, deadline)
         yield found
         if found.status != "ok":
@@ -81,11 +81,8 @@ def _speaks_grpc(channel: grpc.Channel, target: str, deadline: Deadline) -> Chec
 
 def _fetch(channel: grpc.Channel, deadline: Deadline) -> Any:
     """The first message of FetchX509SVID, or the check that failed."""
-    stub: Any = workload_pb2_grpc.SpiffeWorkloadAPIStub(channel)  # type: ignore[no-untyped-call]
-    call = stub.FetchX509SVID(
-        workload_pb2.X509SVIDRequest(),
-        timeout=deadline.remaining,
-        metadata=(("workload.spiffe.io", "true"),),
+    call = stub_of(channel).FetchX509SVID(
+        workload_pb2.X509SVIDRequest(), timeout=deadline.remaining, metadata=METADATA
     )
     try:
         # On a thread: gRPC waits where Ctrl-C is not heard.
