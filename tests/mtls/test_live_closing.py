@@ -224,10 +224,8 @@ async def test_response_that_streams_is_ended(
         await until(lambda: served.connections == 0)
 
 
-async def test_stream_that_nobody_reads_is_ended_too(
-    server_source: StaticSource, caller: StaticSource, ca: CertificateAuthority
-) -> None:
-    """Its buffers are full: a polite close would wait for ever."""
+def flooding_app() -> tuple[FastAPI, asyncio.Event]:
+    """An application whose answer has no end, and the event that says that it was cut off."""
     app = FastAPI()
     gone = asyncio.Event()
 
@@ -243,6 +241,14 @@ async def test_stream_that_nobody_reads_is_ended_too(
 
         return StreamingResponse(much())
 
+    return app, gone
+
+
+async def test_stream_that_nobody_reads_is_ended_too(
+    server_source: StaticSource, caller: StaticSource, ca: CertificateAuthority
+) -> None:
+    """Its buffers are full: a polite close would wait for ever."""
+    app, gone = flooding_app()
     async with serving(server_source, app=app, live_limits=QUICK) as served:
         reader, writer = await connect(served, caller)
         writer.write(b"GET /thing HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -408,21 +414,7 @@ async def test_body_that_stops_coming_is_not_waited_for(
 async def test_answer_that_nobody_reads_is_given_up(
     server_source: StaticSource, caller: StaticSource, http: HttpParser
 ) -> None:
-    app = FastAPI()
-    gone = asyncio.Event()
-
-    @app.get("/thing")
-    async def flood() -> StreamingResponse:
-        async def much() -> AsyncIterator[bytes]:
-            try:
-                while True:
-                    yield b"x" * 65536
-                    await asyncio.sleep(0)
-            finally:
-                gone.set()
-
-        return StreamingResponse(much())
-
+    app, gone = flooding_app()
     limits = LiveLimits(idle=0.5)
     async with serving(server_source, app=app, http=http, live_limits=limits) as served:
         reader, writer = await connect(served, caller)
