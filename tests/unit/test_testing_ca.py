@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import threading
 from collections.abc import Callable
@@ -489,6 +490,16 @@ def test_svids_are_renewed_around_half_life_each_at_its_own_moment(stage: Stage)
         assert len(gaps) >= 5
         assert all(23 <= gap <= 38 for gap in gaps)
         assert len(set(gaps)) > 1
+
+
+def test_random_numbers_of_the_tests_beside_it_are_left_alone(stage: Stage) -> None:
+    """Seeded tests would differ from run to run, and Hypothesis warns of whatever changes their state."""
+    before = random.getstate()
+
+    stage.play(200)
+
+    assert stage.steps(RotationStep.SVID_RENEWED)
+    assert random.getstate() == before
 
 
 def test_authority_is_prepared_activated_and_retired_with_overlap(stage: Stage) -> None:

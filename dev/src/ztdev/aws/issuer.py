@@ -48,6 +48,8 @@ REFRESH_AT = 0.8
 
 _REQUEST_TIMEOUT = 5.0
 _MAX_REQUEST = 16 * 1024
+# The stack runs beside tests: the state of the `random` module is theirs (Hypothesis watches it).
+_RANDOM = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -412,4 +414,4 @@ class TokenFile:
 
     def _next(self) -> float:
         """A little earlier than 80 %, and not all files at the same moment."""
-        return self._lifetime * (REFRESH_AT - random.uniform(0, 0.05))  # noqa: S311 - jitter
+        return self._lifetime * (REFRESH_AT - _RANDOM.uniform(0, 0.05))
