@@ -308,6 +308,10 @@ def test_trust_and_certificate_can_not_be_changed(
     for context in (caller, callee):
         with pytest.raises(TypeError, match="trust"):
             context.load_verify_locations(cadata=stranger.bundle.der())
+        with pytest.raises(TypeError, match="trust"):
+            context.load_default_certs()
+        with pytest.raises(TypeError, match="trust"):
+            context.set_default_verify_paths()
         with pytest.raises(TypeError, match="certificate"):
             context.load_cert_chain("/nowhere")
     pair = Pair(caller, callee)

@@ -451,6 +451,14 @@ class RotatingContext(ssl.SSLContext):
         """Refused: trust comes from the bundles of the Workload API alone."""
         raise TypeError("a ztmtls context takes its trust from the Workload API and can't be changed")
 
+    def load_default_certs(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the system's authorities vouch for nobody here."""
+        self.load_verify_locations()
+
+    def set_default_verify_paths(self) -> None:
+        """Refused: the system's authorities vouch for nobody here."""
+        self.load_verify_locations()
+
     def load_cert_chain(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the certificate comes from the Workload API alone."""
         raise TypeError("a ztmtls context takes its certificate from the Workload API and can't be changed")
