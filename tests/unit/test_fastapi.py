@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Header, HTTPException, Query
+from fastapi import FastAPI, Header, HTTPException, Query, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ztmtls.bearer import jwt_caller
 from ztmtls.fastapi import Hop, Peer, Problem, field_name, install, problem
+from ztmtls.jwt_svid import JwtRefused
 from ztmtls.problems import problem_body
 from ztmtls.reasons import NoDatabase, Reason, Refusal
 
@@ -75,6 +77,14 @@ def make_app() -> FastAPI:
     @app.get("/no-database/{reason}")
     async def no_database(reason: str) -> None:
         raise NoDatabase(Reason(reason), f"login of {CANARY} refused")
+
+    @app.get("/token/{reason}")
+    async def token(reason: str) -> None:
+        raise JwtRefused(Reason(reason), "the token is no good")
+
+    @app.get("/without-the-guard")
+    async def without_the_guard(request: Request) -> str:
+        return str(jwt_caller(request.scope).id)
 
     @app.get("/http/{status}")
     async def http(status: int) -> None:
@@ -191,6 +201,30 @@ async def test_refusal_of_something_needed_is_503_with_its_reason_only(
 
     assert document(response, 503, reason)["detail"] == ""
     assert "CANARY" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("reason", "challenge"),
+    [
+        (Reason.JWT_EXPIRED, 'Bearer error="invalid_token"'),
+        (Reason.JWT_MISSING, "Bearer"),
+    ],
+)
+async def test_a_callers_token_that_is_no_good_is_its_fault_and_not_ours(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, reason: Reason, challenge: str
+) -> None:
+    response = await client.get(f"/token/{reason}")
+
+    assert document(response, 401, reason)["detail"] == "the token is no good"
+    assert response.headers["www-authenticate"] == challenge
+    assert "failed" not in caplog.text
+
+
+async def test_a_request_that_no_bearer_guard_let_in_is_refused(client: httpx.AsyncClient) -> None:
+    response = await client.get("/without-the-guard", headers={"authorization": "Bearer a.b.c"})
+
+    document(response, 403, Reason.JWT_MISSING)
+    assert "www-authenticate" not in response.headers
 
 
 @pytest.mark.parametrize(

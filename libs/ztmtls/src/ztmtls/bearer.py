@@ -19,8 +19,9 @@ from .audit import AuditLog
 from .authz import NotAuthorized, Policy, PolicyFile, authorize_request
 from .ids import SpiffeId
 from .jwt_source import NoBundles
-from .jwt_svid import JwtRefused, JwtSvid
-from .reasons import Reason, Refusal, printable
+from .jwt_svid import JwtSvid
+from .problems import bearer_challenge
+from .reasons import JwtRefused, Reason, Refusal, printable
 from .svid import rfc3339
 
 SCOPE_KEY = "ztmtls.jwt"
@@ -153,11 +154,9 @@ async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
     elif isinstance(refusal, NoBundles):
         status, title = 503, "This service can't verify tokens at the moment"
     else:
-        # RFC 6750 section 3: who sent no token is told the scheme and nothing else.
-        missing = refusal.reason is Reason.JWT_MISSING
-        challenge = b"Bearer" if missing else b'Bearer error="invalid_token"'
-        headers.append((b"www-authenticate", challenge))
-        status, title = 401, "A JWT-SVID is needed" if missing else "The JWT-SVID is not accepted"
+        status = 401
+        title, challenge = bearer_challenge(refusal.reason)
+        headers.append((b"www-authenticate", challenge.encode()))
     await send_refusal(scope, send, refusal, status, title, headers)
 
 

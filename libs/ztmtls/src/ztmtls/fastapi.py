@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from .hop import HopView
 from .idempotency import KEY
 from .identity import request_identity
-from .problems import MEDIA_TYPE, problem_body
-from .reasons import NoDatabase, Reason, Refusal, printable
+from .problems import MEDIA_TYPE, bearer_challenge, problem_body
+from .reasons import JwtRefused, NoDatabase, Reason, Refusal, printable
 from .verify import VerifiedPeer
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,10 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    if error.reason is Reason.NO_PEER:
+    if isinstance(error, JwtRefused):  # a caller's token: what is wrong with our own is a `NoIdentity`
+        title, challenge = bearer_challenge(error.reason)
+        return problem(401, error.reason, title, error.detail, headers={"WWW-Authenticate": challenge})
+    if error.reason in (Reason.NO_PEER, Reason.JWT_MISSING):
         return problem(403, error.reason, "Refused", error.detail)
     if isinstance(error, NoDatabase):  # the transaction has logged it
         return problem(

@@ -18,15 +18,11 @@ from typing import Annotated
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
 
-from .bearer import JwtCaller, NoJwtCaller, jwt_caller
-from .fastapi import Problem
+from .bearer import JwtCaller, jwt_caller
 
 
 async def _jwt_peer(connection: HTTPConnection) -> JwtCaller:
-    try:
-        return jwt_caller(connection.scope)
-    except NoJwtCaller as refusal:
-        raise Problem(403, refusal.reason, "Refused", refusal.detail) from None
+    return jwt_caller(connection.scope)
 
 
 JwtPeer = Annotated[JwtCaller, Depends(_jwt_peer)]

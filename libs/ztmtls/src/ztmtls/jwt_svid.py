@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from .ids import InvalidSpiffeId, SpiffeId, TrustDomain
-from .reasons import Reason, Refusal, printable
+from .reasons import JwtRefused, Reason, printable
 from .svid import InvalidSvid, rfc3339
 
 PublicKey = ec.EllipticCurvePublicKey | RSAPublicKey
@@ -54,10 +54,6 @@ _HEADERS = frozenset({"alg", "kid", "typ"})
 _TYPES = frozenset({"JWT", "JOSE"})
 
 _COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]*)")
-
-
-class JwtRefused(Refusal):
-    """The token is no acceptable JWT-SVID. `reason` says which check failed."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,16 @@ def problem_body(
     }
 
 
+def bearer_challenge(reason: Reason) -> tuple[str, str]:
+    """The title of a 401 for a bearer token refused for `reason`, and its ``WWW-Authenticate``.
+
+    Who sent no token is told the scheme and nothing else (RFC 6750 section 3).
+    """
+    if reason is Reason.JWT_MISSING:
+        return "A JWT-SVID is needed", "Bearer"
+    return "The JWT-SVID is not accepted", 'Bearer error="invalid_token"'
+
+
 def _phrase(status: int) -> str:
     try:
         return HTTPStatus(status).phrase

@@ -114,6 +114,10 @@ class NoDatabase(Refusal):
     """The database can't be used at the moment. The reason says why, the detail what to look at."""
 
 
+class JwtRefused(Refusal):
+    """The token is no acceptable JWT-SVID. `reason` says which check failed."""
+
+
 def printable(text: str, limit: int = 256) -> str:
     """Return untrusted `text` on one line, control characters escaped, cut at `limit` characters."""
     escaped = text[: limit + 1].encode("unicode_escape").decode("ascii")
