@@ -177,9 +177,7 @@ class _Holder(Announcer):
         unchanged = old is not None and not self._denied and new.same_material(old)
         if not unchanged:
             self._snapshot = new
-        self._denied = False
-        self._connected = True
-        self._problem = ""
+        self._mark_well()
         self._last_update = now
         if not unchanged:
             self._notify()

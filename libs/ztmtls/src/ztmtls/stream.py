@@ -118,6 +118,11 @@ class Announcer:
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
 
+    def _mark_well(self) -> None:
+        self._denied = False
+        self._connected = True
+        self._problem = ""
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -312,10 +317,8 @@ class SupervisedStream(Announcer, ABC):
 
     def _recovered(self) -> None:
         """A good message has arrived."""
+        self._mark_well()
         self._denied_since = None
-        self._denied = False
-        self._connected = True
-        self._problem = ""
         if self._last_logged or self._repeats:
             logger.info("the Workload API answers again (after %d more failures)", self._repeats)
             self._last_logged, self._repeats = "", 0
