@@ -22,6 +22,7 @@ from ztmtls.source import StaticSource
 from ztmtls.testing import CertificateAuthority
 from ztmtls.tls import (
     TlsRefused,
+    _harden,
     client_context,
     connection_of,
     reason_of,
@@ -65,6 +66,7 @@ class Pair:
         there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = client.wrap_bio(back, there, **more)
         self.server = server.wrap_bio(there, back, server_side=True)
+        self.incoming = {self.client: back, self.server: there}
 
     def handshake(self) -> None:
         waiting = [self.client, self.server]
@@ -108,6 +110,33 @@ def test_both_ends_verify_each_other(
     assert str(connection_of(pair.server).peer.id) == CALLER
     assert pair.send(b"hello") == b"hello"
     assert denials(audited) == []
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_connection_that_is_cut_off_is_not_taken_for_one_that_ended(
+    caller: ssl.SSLContext, callee: ssl.SSLContext, side: str
+) -> None:
+    """Without a close_notify data may be missing (RFC 8446 section 6.1): an error, not an end."""
+    pair = Pair(caller, callee)
+    pair.handshake()
+    assert pair.send(b"hello") == b"hello"
+    end: ssl.SSLObject = getattr(pair, side)
+
+    pair.incoming[end].write_eof()
+
+    with pytest.raises(ssl.SSLError) as caught:
+        end.read(1)
+    assert caught.value.reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
+def test_build_of_python_that_takes_a_cut_for_an_end_is_corrected() -> None:
+    lenient = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ignore = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    lenient.options |= ignore
+
+    _harden(lenient)
+
+    assert not lenient.options & ignore
 
 
 def test_nothing_is_read_or_written_before_our_own_check(

@@ -513,6 +513,9 @@ def _harden(context: ssl.SSLContext) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    # Some builds of Python take a connection that is cut off for one that ended: data may be missing
+    # unseen (RFC 8446 section 6.1), and a server that hangs up instead of refusing looks content.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if context.protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0
 
