@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from tests.mtls.conftest import CALLER, DOMAIN, SERVER, STRANGER, Served, serving, until
 from ztmtls.authz import PolicyFile
-from ztmtls.live import LiveLimits
+from ztmtls.live import _FAREWELL_SECONDS, LiveLimits
 from ztmtls.reasons import Reason
 from ztmtls.server import HttpParser
 from ztmtls.source import StaticSource
@@ -82,6 +82,19 @@ async def test_removed_authority_closes_idle_connections_within_5_s(
         lines = connection_denials(served)
     assert [line["reason"] for line in lines] == [Reason.UNTRUSTED_AUTHORITY] * 2
     assert {line["peer_id"] for line in lines} == {CALLER}
+
+
+async def test_peer_that_does_not_answer_our_goodbye_is_not_waited_for(
+    server_source: StaticSource, caller: StaticSource, ca: CertificateAuthority
+) -> None:
+    context = client_context(caller, lambda peer: None)
+    async with serving(server_source, live_limits=QUICK) as served:
+        with await asyncio.to_thread(socket.create_connection, ("127.0.0.1", served.port)) as raw:
+            silent = await asyncio.to_thread(context.wrap_socket, raw, suppress_ragged_eofs=False)
+            await until(lambda: served.connections == 1)
+            change_authority(ca, server_source)
+            await until(lambda: served.connections == 0, _FAREWELL_SECONDS / 2)
+            assert silent.recv(1) == b"", "it was told, though"
 
 
 async def test_expired_peer_is_disconnected_without_asking_anything(

@@ -129,6 +129,23 @@ def test_connection_that_is_cut_off_is_not_taken_for_one_that_ended(
     assert caught.value.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
+def test_goodbye_waits_for_an_answer_unless_we_hang_up(
+    caller: ssl.SSLContext, callee: ssl.SSLContext
+) -> None:
+    polite, blunt = Pair(caller, callee), Pair(caller, callee)
+    for pair in (polite, blunt):
+        pair.handshake()
+        assert pair.send(b"hello") == b"hello"
+
+    with pytest.raises(ssl.SSLWantReadError):
+        polite.server.unwrap()
+    blunt.server.hang_up = True  # type: ignore[attr-defined]
+    blunt.server.unwrap()
+
+    for pair in (polite, blunt):
+        assert pair.client.read(1) == b"", "the peer is told all the same"
+
+
 def test_build_of_python_that_takes_a_cut_for_an_end_is_corrected() -> None:
     lenient = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ignore = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)

@@ -40,6 +40,8 @@ T = TypeVar("T")
 _LOOK_SECONDS = 1.0
 # The event loop belongs to requests: looking at many connections pauses this often.
 _TURN_SECONDS = 0.002
+# Closing is done in turns this far apart.
+_TICK_SECONDS = 0.01
 # A peer that does not answer when a connection is closed has this long.
 _FAREWELL_SECONDS = 5.0
 
@@ -166,7 +168,8 @@ class LiveConnections:
         self._changed = asyncio.Event()
         self._due: list[tuple[float, int, LiveConnection, Callable[[LiveConnection], None]]] = []
         self._order = itertools.count()
-        self._to_do = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._not_before = 0.0
 
     def __len__(self) -> int:
         return len(self._all)
@@ -197,11 +200,11 @@ class LiveConnections:
 
         unsubscribe = self._source.subscribe(changed)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._look_again())
-                tasks.create_task(self._work_off())
+            await self._look_again()
         finally:
             unsubscribe()
+            if self._timer is not None:
+                self._timer.cancel()
 
     # --- finding ---
 
@@ -298,29 +301,33 @@ class LiveConnections:
 
     # --- closing ---
 
-    async def _work_off(self) -> None:
-        while True:
-            while not self._due:
-                self._to_do.clear()
-                await self._to_do.wait()
-            wait = self._due[0][0] - time.monotonic()
-            if wait > 0:
-                self._to_do.clear()
-                try:
-                    async with asyncio.timeout(wait):
-                        await self._to_do.wait()  # something earlier may come
-                except TimeoutError:
-                    pass
-                continue
-            _, _, live, action = heapq.heappop(self._due)
-            if live.transport in self._all:
-                self._safely(action, live)
-                await asyncio.sleep(1 / self._limits.per_second)
-
     def _plan(self, live: LiveConnection, delay: float, action: Callable[[LiveConnection], None]) -> None:
         live.closing = True
-        heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), live, action))
-        self._to_do.set()
+        entry = (time.monotonic() + delay, next(self._order), live, action)
+        heapq.heappush(self._due, entry)
+        if self._due[0] is entry:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._due:
+            wait = max(self._due[0][0], self._not_before) - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(wait, self._work_off)
+
+    def _work_off(self) -> None:
+        """Do what is due, a few connections at a time: a timer for each would cost more than closing it."""
+        self._timer = None
+        now, done = time.monotonic(), 0
+        turn = max(1.0, self._limits.per_second * _TICK_SECONDS)
+        while self._due and self._due[0][0] <= now and done < turn:
+            _, _, live, action = heapq.heappop(self._due)
+            if live.transport in self._all:
+                done += 1
+                self._safely(action, live)
+        self._not_before = now + max(_TICK_SECONDS, done / self._limits.per_second)
+        self._arm()
 
     def _finish(self, live: LiveConnection) -> None:
         if live.refusal is not None:
@@ -345,6 +352,9 @@ class LiveConnections:
             self._close(live)
 
     def _close(self, live: LiveConnection) -> None:
+        if live.refusal is not None and not live.in_flight:
+            # Nothing is owed to it any more: thousands of such peers need not be waited for.
+            live.transport.get_extra_info("ssl_object").hang_up = True
         live.transport.close()
         self._plan(live, _FAREWELL_SECONDS, self._abort)
 

@@ -152,6 +152,7 @@ class _VerifiedObject(ssl.SSLObject):
     """An `ssl.SSLObject` whose handshake ends with our own verification."""
 
     ztmtls_connection: Connection | None = None
+    hang_up = False
     _ended: ssl.SSLError | None = None
 
     def do_handshake(self) -> None:
@@ -192,6 +193,18 @@ class _VerifiedObject(ssl.SSLObject):
         if self.ztmtls_connection is None:
             raise _unverified()
         return super().write(data)
+
+    def unwrap(self) -> Any:
+        """As `ssl.SSLObject.unwrap`; with `hang_up`, our close_notify is enough (RFC 8446 section 6.1).
+
+        Event loops otherwise keep a connection that they close until its peer has answered.
+        """
+        try:
+            return super().unwrap()
+        except ssl.SSLWantReadError:
+            if not self.hang_up:
+                raise
+            return None
 
 
 def _unverified() -> TlsRefused:
