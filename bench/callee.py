@@ -16,9 +16,9 @@ from typing import Any
 
 import uvicorn
 
+from ztmtls.asgi import Receive, Scope, Send
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
-from ztmtls.guard import Receive, Scope, Send
 from ztmtls.listen import Server
 from ztmtls.server import serve
 from ztmtls.source import X509Source

@@ -190,4 +190,4 @@ def _with_close(send: Send) -> Send:
     return closing
 
 
-__all__ = ["ASGIApp", "Guard", "Message", "Receive", "Scope", "Send", "refusal_of"]
+__all__ = ["Guard", "refusal_of"]

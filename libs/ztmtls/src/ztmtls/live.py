@@ -23,8 +23,9 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
+from .asgi import ASGIApp, Message, Receive, Scope, Send
 from .audit import AuditLog
-from .guard import ASGIApp, Guard, Message, Receive, Scope, Send
+from .guard import Guard
 from .identity import RequestIdentity, set_request_identity
 from .reasons import Refusal
 from .source import NoIdentity, Source
