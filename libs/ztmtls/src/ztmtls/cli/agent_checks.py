@@ -81,12 +81,20 @@ def _speaks_grpc(channel: grpc.Channel, target: str, deadline: Deadline) -> Chec
 
 def _fetch(channel: grpc.Channel, deadline: Deadline) -> Any:
     """The first message of FetchX509SVID, or the check that failed."""
-    call = stub_of(channel).FetchX509SVID(
-        workload_pb2.X509SVIDRequest(), timeout=deadline.remaining, metadata=METADATA
-    )
+
+    def first_message() -> Any:
+        call = stub_of(channel).FetchX509SVID(
+            workload_pb2.X509SVIDRequest(), timeout=deadline.remaining, metadata=METADATA
+        )
+        try:
+            return next(call)
+        finally:
+            call.cancel()
+
     try:
-        # On a thread: gRPC waits where Ctrl-C is not heard.
-        return deadline.bounded(lambda: next(call))
+        # All of it on a thread. gRPC waits where Ctrl-C is not heard; and a Ctrl-C that comes while it begins
+        # a call leaves one that nobody ends, for which closing the channel would wait for ever.
+        return deadline.bounded(first_message)
     except StopIteration:
         return fail(
             "agent",
@@ -98,8 +106,6 @@ def _fetch(channel: grpc.Channel, deadline: Deadline) -> Any:
         return _status(grpc.StatusCode.DEADLINE_EXCEEDED, "")
     except grpc.RpcError as error:
         return _status(error.code(), shown(str(error.details() or "")))
-    finally:
-        call.cancel()
 
 
 def _status(code: grpc.StatusCode, detail: str) -> Check:
