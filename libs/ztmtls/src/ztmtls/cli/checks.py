@@ -15,6 +15,8 @@ from ztmtls.reasons import Reason
 
 T = TypeVar("T")
 
+_SLICE_SECONDS = 0.2
+
 
 class Status(StrEnum):
     """How a check ended. `skip`: what it needs is not there, as an earlier check says."""
@@ -113,7 +115,9 @@ class Deadline:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        thread.join(self.remaining)
+        # In slices: a signal that comes just before a wait begins is heard only when the wait ends.
+        while not (results or errors) and time.monotonic() < self._end:
+            thread.join(min(self.remaining, _SLICE_SECONDS))
         if errors:
             raise errors[0]
         if not results:
