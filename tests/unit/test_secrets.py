@@ -1305,10 +1305,11 @@ def rotation(status: dict[str, Any]) -> list[Any]:
 async def test_the_status_page_shows_when_the_secret_is_rotated(
     aws: Aws, make: Callable[..., RotatingSecret]
 ) -> None:
+    tomorrow = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
     aws.rotation = {
         "RotationEnabled": True,
         "LastRotatedDate": CREATED.timestamp(),
-        "NextRotationDate": (CREATED + timedelta(days=1)).timestamp(),
+        "NextRotationDate": tomorrow.timestamp(),
     }
     secret = make()
     assert rotation(secret.status()) == [None, None, None]
@@ -1318,7 +1319,7 @@ async def test_the_status_page_shows_when_the_secret_is_rotated(
     assert rotation(secret.status()) == [
         True,
         "2026-03-01T12:30:00.000+00:00",
-        "2026-03-02T12:30:00.000+00:00",
+        tomorrow.isoformat(timespec="milliseconds"),
     ]
     for _ in range(3):
         await secret.refresh()
@@ -1328,6 +1329,24 @@ async def test_the_status_page_shows_when_the_secret_is_rotated(
     aws.rotation = {"RotationEnabled": False}
     await secret.refresh()
     await eventually(lambda: rotation(secret.status()) == [False, None, None])
+
+
+async def test_a_rotation_that_should_have_been_is_asked_about_again(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    """It failed or was cut off: the same version, and another date."""
+    aws.rotation = {"RotationEnabled": True, "NextRotationDate": CREATED.timestamp()}
+    secret = make()
+    await secret.get()
+    await eventually(lambda: secret.status()["next_rotation_at"] is not None)
+    tomorrow = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    aws.rotation["NextRotationDate"] = tomorrow.timestamp()
+
+    await secret.refresh()
+
+    expected = tomorrow.isoformat(timespec="milliseconds")
+    await eventually(lambda: secret.status()["next_rotation_at"] == expected)
+    assert secret.status()["version"] == "v1"
 
 
 async def test_a_role_that_may_not_ask_for_the_schedule_reads_the_secret_all_the_same(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -35,6 +35,10 @@ class RotationSchedule:
     last_rotated_at: datetime | None
     next_rotation_at: datetime | None
     """On this day or earlier (DescribeSecret, NextRotationDate)."""
+
+    def is_over(self) -> bool:
+        """True when the next rotation should have been: whether it failed or not, there is news."""
+        return self.next_rotation_at is not None and self.next_rotation_at <= datetime.now(UTC)
 
 
 class SecretReader:

@@ -48,7 +48,8 @@ MIN_INTERVAL = 1.0
 #: After a failure the next try waits this long, doubled up to the last, with jitter (seconds).
 FIRST_RETRY, LAST_RETRY = 1.0, 8.0
 
-#: Secrets Manager is asked when the next rotation is with each new version, and when this is over (seconds).
+#: Secrets Manager is asked when the next rotation is with each new version, when what it said has passed, and
+#: after this long (seconds).
 SCHEDULE_AGE = 300.0
 
 _log = logging.getLogger(__name__)
@@ -391,7 +392,8 @@ class RotatingSecret:
         """For the status page alone: nobody waits for it, and no failure of it is one of the secret."""
         with self._lock:
             now = time.monotonic()
-            if now < self._schedule_due or self._waiting is not None or self._closing.is_set():
+            due = now >= self._schedule_due or (self._schedule is not None and self._schedule.is_over())
+            if not due or self._waiting is not None or self._closing.is_set():
                 return
             self._schedule_due = now + SCHEDULE_AGE * _jitter(0.8, 1.0)
         try:
