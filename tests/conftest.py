@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from ztdev.options import StackOptions
 from ztdev.stack import BackgroundStack
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and so every program that they start:
+# those that should end by it would not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
