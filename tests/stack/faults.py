@@ -125,5 +125,6 @@ async def half(_: Service) -> bytes:
 
 
 async def hanging(_: Service) -> bytes:
+    """No answer for as long as anybody may wait: `FaultyAws.stop` cancels it."""
     await asyncio.sleep(3600)
     return b""

@@ -350,6 +350,17 @@ async def until_request(process: Process, within: float = 10.0) -> str:
             await asyncio.sleep(0.05)
 
 
+async def another_password(orders: Rotated) -> str:
+    """For the same user, whose name is returned, in the secret and in the database, which refuses the old one
+    from now on."""
+    value = await orders.value()
+    new = value | {"password": secrets.token_hex(20)}
+    orders.passwords.add(new["password"])
+    await orders.put(new, "AWSCURRENT", secrets.token_hex(16))
+    await orders.postgres.set_password(value["username"], new["password"])
+    return value["username"]
+
+
 @pytest.mark.parametrize("trouble", ["hangs", "throttles", "answers 503"])
 async def test_a_refused_login_while_aws_is_in_trouble_is_told_in_bounded_time(
     orders: Rotated, aws: FaultyAws, start: Starts, trouble: str
@@ -357,11 +368,7 @@ async def test_a_refused_login_while_aws_is_in_trouble_is_told_in_bounded_time(
     """The two at once: nobody waits for ever, nobody asks without end, and both may heal in any order."""
     process = await start(max_age=3600, patience=1.0)
     assert await process.request()
-    value = await orders.value()
-    new = value | {"password": secrets.token_hex(20)}
-    orders.passwords.add(new["password"])
-    await orders.put(new, "AWSCURRENT", secrets.token_hex(16))
-    await orders.postgres.set_password(value["username"], new["password"])
+    user = await another_password(orders)
     await process.engine.dispose()
     aws.trouble["secretsmanager"] = TROUBLE[trouble]
     began = time.monotonic()
@@ -377,7 +384,7 @@ async def test_a_refused_login_while_aws_is_in_trouble_is_told_in_bounded_time(
 
     aws.trouble.clear()
 
-    assert await until_request(process) == value["username"]
+    assert await until_request(process) == user
 
 
 async def test_no_session_gets_older_than_its_age_under_load_or_idle(orders: Rotated, start: Starts) -> None:
@@ -418,11 +425,7 @@ async def test_many_processes_that_lose_their_login_at_once_ask_once_each(
     processes = [await start(max_age=3600, max_overflow=6) for _ in range(3)]
     for process in processes:
         assert await process.request()
-    value = await orders.value()
-    new = value | {"password": secrets.token_hex(20)}
-    orders.passwords.add(new["password"])
-    await orders.put(new, "AWSCURRENT", secrets.token_hex(16))
-    await orders.postgres.set_password(value["username"], new["password"])
+    user = await another_password(orders)
     for process in processes:
         await process.engine.dispose()
     answered: list[float] = []
@@ -440,7 +443,7 @@ async def test_many_processes_that_lose_their_login_at_once_ask_once_each(
 
     users = await asyncio.gather(*(process.request() for process in processes for _ in range(50)))
 
-    assert set(users) == {value["username"]}
+    assert set(users) == {user}
     assert time.monotonic() - began < 10
     assert aws.count("GetSecretValue", since=began) <= 2 * len(processes)
     failed = (state / "postgres.log").read_text().count("password authentication failed") - logged

@@ -795,9 +795,24 @@ async def test_no_action_of_a_service_is_reached_through_another(
     assert "SecretAccessKey" not in text
 
 
+async def gate_program(program: str, stderr: int) -> asyncio.subprocess.Process:
+    """A gate that starts by `program`; it reads its configuration from standard input."""
+    python = await ensure_environment(ENVIRONMENT, print)
+    return await asyncio.create_subprocess_exec(
+        python,
+        "-I",
+        "-B",
+        "-c",
+        program,
+        str(Path(cloud_module.__file__).parent),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
+    )
+
+
 async def test_a_session_that_has_ended_reads_nothing(aws: Aws, tmp_path: Path) -> None:
     """In a gate of its own, that hands out sessions of two seconds."""
-    python = await ensure_environment(ENVIRONMENT, print)
     program = (
         "import sys; sys.path.append(sys.argv.pop(1)); import gate.emulator; gate.emulator.MIN_DURATION = 1\n"
         "from gate.__main__ import main; sys.exit(main())"
@@ -808,17 +823,7 @@ async def test_a_session_that_has_ended_reads_nothing(aws: Aws, tmp_path: Path) 
         "hosts": [f"127.0.0.1:{port}"],
         "scratch": str(tmp_path),
     }
-    process = await asyncio.create_subprocess_exec(
-        python,
-        "-I",
-        "-B",
-        "-c",
-        program,
-        str(Path(cloud_module.__file__).parent),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    process = await gate_program(program, stderr=asyncio.subprocess.DEVNULL)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(configuration).encode() + b"\n")
@@ -1076,7 +1081,6 @@ async def test_a_stack_that_fails_tells_the_reasons(aws: Aws, tmp_path: Path) ->
 async def test_the_gate_does_not_start_when_a_name_it_leans_on_is_gone(
     aws: Aws, tmp_path: Path, module: str, name: str
 ) -> None:
-    python = await ensure_environment(ENVIRONMENT, print)
     program = (
         "import os, sys; os.environ['AUTH'] = 'true'; os.environ['SERVICES'] = "
         "'sts,iam,cloudformation,kms,secretsmanager,lambda'\n"
@@ -1084,17 +1088,7 @@ async def test_the_gate_does_not_start_when_a_name_it_leans_on_is_gone(
         "sys.path.append(sys.argv.pop(1)); from gate.__main__ import main; sys.exit(main())"
     )
     configuration = aws.cloud._configuration() | {"port": free_port(), "scratch": str(tmp_path)}
-    process = await asyncio.create_subprocess_exec(
-        python,
-        "-I",
-        "-B",
-        "-c",
-        program,
-        str(Path(cloud_module.__file__).parent),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    process = await gate_program(program, stderr=asyncio.subprocess.PIPE)
     output, errors = await asyncio.wait_for(
         process.communicate(json.dumps(configuration).encode() + b"\n"), 60
     )

@@ -70,7 +70,7 @@ class RoleCredentials:
             # Through an outage, what was issued before is good until it expires.
             if held is None or time.monotonic() >= held.expires_at:
                 raise
-            self._renew_at = time.monotonic() + RENEW_RETRY * random.uniform(0.75, 1.25)  # noqa: S311
+            self._renew_at = time.monotonic() + RENEW_RETRY * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
             _log.warning("the credentials of %s are not renewed yet: %s", self._identity, error)
             return held
         lifetime = issued.expires_at - issued.asked_at
