@@ -27,7 +27,6 @@ import contextlib
 import inspect
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -53,10 +52,9 @@ from ztdev.stack import Stack
 from ztdev.state import StateDirectory
 from ztmtls.database import keep_fresh
 
-DEADLINE = 120.0
+from .growth import grown_and_allowed, resident
 
-#: What allocators and caches do before they settle is no leak: as in bench.soak.
-ALLOWED_MIB, ALLOWED_PART = 4.0, 0.10
+DEADLINE = 120.0
 
 #: From so many rotations on, growth is told from settling.
 SOAK = 100
@@ -233,7 +231,7 @@ class Watch:
         }
         self.samples.append(
             Sample(
-                {name: _memory(pid) for name, pid in processes.items()},
+                {name: resident(pid) for name, pid in processes.items()},
                 {name: counted[name] for name in DATABASE_SERVICES},
                 max((float(str(age)) for _, age in rows), default=0.0),
             )
@@ -245,11 +243,6 @@ class Watch:
         time."""
         gaps = [later - earlier for earlier, later in pairwise(self.switched_at)]
         return RENEWED_WITHIN + max(gaps, default=0.0) + 5.0
-
-
-def _memory(pid: int) -> float:
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -353,8 +346,8 @@ def growing(samples: list[Sample]) -> list[str]:
     found = []
     for name in SERVICES:
         memory = [each.memory[name] for each in settled]
-        grown = statistics.linear_regression(range(len(memory)), memory).slope * (len(memory) - 1)
-        if grown > ALLOWED_MIB + ALLOWED_PART * memory[0]:
+        grown, allowed = grown_and_allowed(memory)
+        if grown > allowed:
             found.append(f"memory of {name}: {grown:+.1f} MiB")
     half = len(settled) // 2
     for name in DATABASE_SERVICES:

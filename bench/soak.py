@@ -18,7 +18,6 @@ import contextlib
 import os
 import resource
 import ssl
-import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -34,6 +33,8 @@ from ztmtls.server import serve
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
 from ztmtls.tls import client_context
 
+from .growth import grown_and_allowed, resident
+
 DOMAIN = "zt.example"
 SERVER, CALLER = "spiffe://zt.example/server", "spiffe://zt.example/caller"
 HOST = "127.0.0.1"
@@ -42,8 +43,7 @@ REQUEST = b"GET /soak HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 KEPT = REQUEST.replace(b"connection: close\r\n", b"")
 NEW_AUTHORITY_EVERY = 100
 DEADLINE = 120.0
-# What allocators and caches do before they settle is no leak.
-ALLOWED_MIB, ALLOWED_PART, ALLOWED_DESCRIPTORS = 4.0, 0.10, 2
+ALLOWED_DESCRIPTORS = 2
 
 
 # --- the server ---------------------------------------------------------------------------------------
@@ -102,10 +102,6 @@ class Soak:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def memory(self) -> float:
-        with open(f"/proc/{self.pid}/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / (1 << 20)
-
     async def quiet(self) -> None:
         """Wait until the server has closed what was open: figures of a busy moment say nothing."""
         async with asyncio.timeout(DEADLINE):
@@ -120,7 +116,7 @@ class Soak:
     async def sample(self) -> None:
         await self.quiet()
         threads = len(os.listdir(f"/proc/{self.pid}/task"))
-        sample = Sample(self.connections, self.rotations, self.memory(), self.descriptors(), threads)
+        sample = Sample(self.connections, self.rotations, resident(self.pid), self.descriptors(), threads)
         self.samples.append(sample)
         print(
             f"{sample.connections:>11,} {sample.rotations:>10,} {sample.memory:>11.1f} "
@@ -197,7 +193,7 @@ class Soak:
 
     async def hold(self, count: int) -> None:
         """So many connections open at the same time; each is used at the beginning and at the end."""
-        began, before, gate = time.monotonic(), self.memory(), asyncio.Semaphore(64)
+        began, before, gate = time.monotonic(), resident(self.pid), asyncio.Semaphore(64)
 
         async def one() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             async with gate, asyncio.timeout(DEADLINE):
@@ -212,7 +208,7 @@ class Soak:
                 self.faults.append(f"answered {answer[:200]!r}")
 
         raws = await asyncio.gather(*(one() for _ in range(count)))
-        opened, full = time.monotonic() - began, self.memory()
+        opened, full = time.monotonic() - began, resident(self.pid)
         await self.rotate()
         for raw in raws:
             await used(*raw)
@@ -236,8 +232,7 @@ class Soak:
         settled = self.samples[len(self.samples) // 4 :]
         if len(settled) < 3:
             return found
-        slope = statistics.linear_regression(range(len(settled)), [each.memory for each in settled]).slope
-        grown, allowed = slope * (len(settled) - 1), ALLOWED_MIB + ALLOWED_PART * settled[0].memory
+        grown, allowed = grown_and_allowed([each.memory for each in settled])
         span = max(1, settled[-1].connections - settled[0].connections)
         print(
             f"memory: {grown:+.1f} MiB over the last {span:,} connections "
