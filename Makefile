@@ -26,7 +26,7 @@ MANIFESTS := pyproject.toml uv.lock dev/pyproject.toml $(wildcard libs/*/pyproje
 CHECKED := $(wildcard libs services functions dev tests bench)
 QUICK_TESTS := $(wildcard tests/unit tests/conformance)
 # The long ones first; each file stays in one process.
-ALL_TESTS := $(wildcard tests/stack tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit tests/fuzz tests/abuse tests/cases)
+ALL_TESTS := $(wildcard tests/stack tests/attacks tests/examples tests/mtls tests/browser tests/conformance tests/packaging tests/unit tests/fuzz tests/abuse tests/cases)
 UP_OPTIONS := $(if $(PORT),--port $(PORT)) $(if $(STATE),--state $(STATE))
 
 ##@ Use it
@@ -45,6 +45,11 @@ run: setup ## Run the whole stack here; Ctrl-C stops it
 .PHONY: demo
 demo: setup ## Start it apart, order, see two refusals, rotate passwords, order again, stop
 	@exec .venv/bin/ztdev demo $(ARGS)
+
+.PHONY: attack
+attack: setup ## Attack it: each control refuses its attack, and shows what happens without it
+	@.venv/bin/ztdev prepare
+	@exec .venv/bin/python -m tests.attacks $(ARGS)
 
 ##@ Work on it
 

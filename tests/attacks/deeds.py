@@ -1,0 +1,37 @@
+"""What callers do, rightly or not: the deeds that several attacks share."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from tests.attacks.lab import Answer, Lab, Target
+
+STATUS: Mapping[str, Any] = {"path": "/status"}
+
+#: Who may call a service.
+CALLER = {"orders": "frontend", "payments": "orders"}
+
+
+def charge(amount: int = 1999, key: str | None = None) -> dict[str, Any]:
+    """A request that takes money, once per `key`."""
+    order = "6f9f7c0e-3a53-4c55-9a7c-1c64a8d1f0aa"
+    return {
+        "method": "POST",
+        "path": "/payments",
+        "headers": [("Content-Type", "application/json"), ("Idempotency-Key", key or uuid.uuid4().hex)],
+        "body": json.dumps({"order_id": order, "amount": amount, "currency": "EUR"}),
+    }
+
+
+async def rightful_status(lab: Lab, target: Target) -> Answer:
+    """The right caller asks for the status."""
+    service = target.name.partition("-")[0]
+    return await lab.attack(target, STATUS, svid=lab.svid(CALLER[service]))
+
+
+async def rightful_charge(lab: Lab, target: Target) -> Answer:
+    """Orders takes money."""
+    return await lab.attack(target, charge(), svid=lab.svid("orders"))

@@ -1,0 +1,319 @@
+"""The attack lab: one attack, proved against a running stack.
+
+    async with Stack(options) as stack:
+        proof = await prove(attack, Lab(stack))
+
+`prove` makes the rightful call, lets the attacker try, reads the refusal back from the log of whoever
+refused, and tries the same again with only this control left out. What it returns is what was seen; a proof
+that fails says in `fault` what was otherwise than the attack declares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from tests.attacks.controls import ROOT
+from ztdev.logfile import LogFile
+from ztdev.logview import is_audit, parse_line
+from ztdev.managed import ManagedProcess, ProcessSpec
+from ztdev.options import spiffe_id
+from ztdev.ports import choose_free_ports
+from ztdev.stack import Stack
+from ztmtls.svid import X509Svid
+
+ATTACKER = Path(__file__).with_name("attacker.py")
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an attacker got. `error` is set when there was no answer at all."""
+
+    status: int | None = None
+    reason: str | None = None
+    error: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str = ""
+
+    @property
+    def refused(self) -> bool:
+        return self.status is None or self.status >= 400
+
+    def __str__(self) -> str:
+        return self.error or " ".join(str(part) for part in (self.status, self.reason) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom an attack is made on: its port on 127.0.0.1, and what it has written in its log as JSON."""
+
+    name: str
+    port: int
+    lines: Callable[[], list[Line]]
+
+    async def find(self, after: int, timeout: float = 10.0, **fields: Any) -> Line:
+        """The first line from number `after` on that has `fields`. `TimeoutError` tells what came instead."""
+        deadline = time.monotonic() + timeout
+        while True:
+            lines = self.lines()[after:]
+            for line in lines:
+                if all(line.get(name) == value for name, value in fields.items()):
+                    return line
+            if time.monotonic() > deadline:
+                shown = "\n".join(json.dumps(line) for line in lines[-5:]) or "(none)"
+                raise TimeoutError(f"no line of {self.name} has {fields}; the last ones:\n{shown}")
+            await asyncio.sleep(0.02)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What stops an attack: the control, the reason code, and more fields of its line in the log."""
+
+    control: str
+    reason: str
+    line: Mapping[str, Any] = field(default_factory=dict)
+
+
+Call = Callable[["Lab", Target], Awaitable[Answer]]
+Ablation = Callable[["Lab"], AbstractAsyncContextManager[Target]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One attack, as its module declares it.
+
+    rightful: the same deed by who may do it: it must succeed before anything is said about a refusal.
+    attempt: the deed by the attacker.
+    first: what refuses it.
+    second: what stops it with `first.control` left out; None when nothing does.
+    without: another way to leave the control out than a service started by `tests.attacks.without`.
+    audited: False where the one who refuses writes no line about it (the matrix says so).
+    """
+
+    id: str
+    title: str
+    story: str
+    target: str
+    rightful: Call
+    attempt: Call
+    first: Layer
+    second: Layer | None = None
+    without: Ablation | None = None
+    audited: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was seen. `seen` is what the attacker saw, `line` the log of the refusal."""
+
+    attack: str
+    control: str
+    reason: str
+    refused: bool = False
+    audited: bool = False
+    ablation: str = ""
+    seen: str = ""
+    line: Line = field(default_factory=dict)
+    seen_without: str = ""
+    line_without: Line = field(default_factory=dict)
+    seconds: float = 0.0
+    fault: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.fault
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Lab:
+    """A running stack, and what attackers need: its doors, processes of their own, controls left out."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def target(self, name: str) -> Target:
+        """A service of the stack (`frontend`, `orders`, `payments`), or `identity`: the Workload API."""
+        if name == "identity":
+            log = self.stack.state.logs / "identity.log"
+            return Target(name, 0, lambda: _json_lines(log.read_text().splitlines()))
+        port = self.stack.ports.page if name == "frontend" else getattr(self.stack.ports, name)
+        return _service(name, port, self.stack.process(name).log)
+
+    def svid(self, name: str, **changes: Any) -> X509Svid:
+        """An SVID of the service account `name`, as `CertificateAuthority.issue` makes it."""
+        return self.stack.ca.issue(spiffe_id(name), **changes)
+
+    async def attack(
+        self,
+        target: Target,
+        *requests: Mapping[str, Any],
+        svid: X509Svid | None = None,
+        tls: bool = True,
+        maximum: str | None = None,
+    ) -> Answer:
+        """Requests by an attacker's process on one connection, presenting `svid`, or no certificate."""
+        errand = {
+            "port": target.port,
+            "tls": (_pem(svid) | {"maximum": maximum}) if tls else None,
+            "requests": requests,
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            str(ATTACKER),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={},
+        )
+        output, _ = await process.communicate(json.dumps(errand).encode())
+        if process.returncode != 0:
+            raise RuntimeError(f"the attacker's process failed with {process.returncode}")
+        return answer_of(json.loads(output))
+
+    @contextlib.asynccontextmanager
+    async def without(
+        self, control: str, service: str, environment: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Target]:
+        """A second process of `service` in which only `control` is left out (see `tests.attacks.without`)."""
+        port, probe = choose_free_ports(2)
+        original = self.stack.process(service).spec
+        name = f"{service}-without-{control}"
+        spec = replace(
+            original,
+            name=name,
+            argv=(sys.executable, "-m", "tests.attacks.without", control, "--", service),
+            environment={
+                **original.environment,
+                **(environment or {}),
+                "PYTHONPATH": str(ROOT),
+                "PORT": str(port),
+                "PROBE_PORT": str(probe),
+            },
+            address=f"127.0.0.1:{port}",
+            probe=f"http://127.0.0.1:{probe}",
+            grace=3.0,
+        )
+        async with self._running(spec, service) as process:
+            yield _service(name, port, process.log)
+
+    @contextlib.asynccontextmanager
+    async def _running(self, spec: ProcessSpec, workload: str) -> AsyncIterator[ManagedProcess]:
+        registrations = self.stack.workload_api.workloads[workload]
+        process = ManagedProcess(
+            spec,
+            LogFile(self.stack.state.logs / f"{spec.name}.log"),
+            admit=lambda each: registrations.allow(pid=each.pid),
+        )
+        pid = 0
+        try:
+            await process.start()
+            pid = process.pid or 0
+            await process.wait_ready(30.0)
+            yield process
+        finally:
+            await process.stop()
+            if pid:
+                await registrations.disallow(pid=pid)
+
+
+async def prove(attack: Attack, lab: Lab) -> Proof:
+    """Run one attack. Never raises for what went otherwise than declared: `Proof.fault` tells."""
+    began = time.monotonic()
+    proof = Proof(attack=attack.id, control=attack.first.control, reason=attack.first.reason)
+    try:
+        async with asyncio.timeout(60.0):
+            proof = await _refusal(attack, lab, proof)
+            proof = await _ablation(attack, lab, proof)
+    except Exception as error:
+        proof = replace(proof, fault=f"{type(error).__name__}: {error}")
+    return replace(proof, seconds=round(time.monotonic() - began, 2))
+
+
+class NotProved(AssertionError):
+    """The stack did something else than the attack declares."""
+
+
+async def _refusal(attack: Attack, lab: Lab, proof: Proof) -> Proof:
+    target = lab.target(attack.target)
+    await _rightful(attack, lab, target)
+    mark = len(target.lines())
+    answer = await attack.attempt(lab, target)
+    if not answer.refused:
+        raise NotProved(f"the attack succeeded: {answer}")
+    line = await _stopped_by(attack.first, attack, target, mark, answer)
+    return replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line)
+
+
+async def _ablation(attack: Attack, lab: Lab, proof: Proof) -> Proof:
+    leave_out = attack.without or (lambda lab: lab.without(attack.first.control, attack.target))
+    async with leave_out(lab) as target:
+        await _rightful(attack, lab, target)
+        mark = len(target.lines())
+        answer = await attack.attempt(lab, target)
+        proof = replace(proof, seen_without=str(answer))
+        if not answer.refused:
+            if attack.second is not None:
+                raise NotProved(f"{attack.second.control} did not stop the attack: {answer}")
+            return replace(proof, ablation="succeeds")
+        if attack.second is None:
+            raise NotProved(f"stopped without {attack.first.control}, by what nobody named: {answer}")
+        line = await _stopped_by(attack.second, attack, target, mark, answer)
+        return replace(proof, ablation=f"stopped-by:{attack.second.control}", line_without=line)
+
+
+async def _rightful(attack: Attack, lab: Lab, target: Target) -> None:
+    answer = await attack.rightful(lab, target)
+    if answer.refused:
+        raise NotProved(f"the rightful call to {target.name} was refused: {answer}")
+
+
+async def _stopped_by(layer: Layer, attack: Attack, target: Target, mark: int, answer: Answer) -> Line:
+    """The line of the log by which `layer` refused; what the attacker was told must not contradict it."""
+    if answer.reason not in (None, layer.reason):
+        raise NotProved(f"refused for {answer.reason}, not for {layer.reason}")
+    if not attack.audited:
+        if answer.reason is None:
+            raise NotProved(f"no reason was told, and none is written down: {answer}")
+        return {}
+    return await target.find(mark, decision="deny", reason=layer.reason, **layer.line)
+
+
+def answer_of(data: Mapping[str, Any]) -> Answer:
+    """The answer that an attacker's process wrote down, with the reason of its problem document."""
+    reason = None
+    if "json" in str(
+        {name.lower(): value for name, value in data.get("headers", {}).items()}.get("content-type")
+    ):
+        document = json.loads(data["body"])
+        reason = document.get("reason") if isinstance(document, dict) else None
+    return Answer(reason=reason, **data)
+
+
+def _pem(svid: X509Svid | None) -> dict[str, Any]:
+    if svid is None:
+        return {}
+    key = svid.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    chain = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in svid.chain)
+    return {"chain": chain.decode(), "key": key.decode()}
+
+
+def _service(name: str, port: int, log: LogFile) -> Target:
+    return Target(name, port, lambda: [line for line in _json_lines(log.lines()) if is_audit(line)])
+
+
+def _json_lines(lines: Any) -> list[Line]:
+    return [data for data in map(parse_line, lines) if data is not None]

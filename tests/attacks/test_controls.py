@@ -1,0 +1,49 @@
+"""`docs/controls.yaml` says what is there: every file, every attack, both ways."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.attacks.catalogue import load_attacks
+from tests.attacks.controls import PILLARS, ROOT, Control, load_controls
+from tests.attacks.without import LEFT_OUT
+
+ATTACKS = {attack.id: attack for attack in load_attacks()}
+CONTROLS = load_controls()
+
+
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS.keys())
+def test_a_control_has_files_attacks_and_a_pillar(control: Control) -> None:
+    assert control.pillar in PILLARS
+    assert control.files
+    assert [file for file in control.files if not (ROOT / file).is_file()] == []
+    assert control.attacks
+    assert set(control.attacks) <= set(ATTACKS)
+    assert control.promise.endswith(".")
+    assert control.not_covered.endswith(".")
+
+
+def test_the_controls_name_each_attack_that_proves_them() -> None:
+    named = {(control.id, attack) for control in CONTROLS.values() for attack in control.attacks}
+    first = {(attack.first.control, attack.id) for attack in ATTACKS.values()}
+    second = {(attack.second.control, attack.id) for attack in ATTACKS.values() if attack.second}
+    assert first <= named
+    assert named <= first | second
+
+
+def test_an_attack_names_known_controls() -> None:
+    for attack in ATTACKS.values():
+        layers = [attack.first, *([attack.second] if attack.second else [])]
+        assert {layer.control for layer in layers} <= set(CONTROLS), attack.id
+
+
+def test_every_function_that_leaves_a_control_out_is_of_a_control() -> None:
+    assert set(LEFT_OUT) <= set(CONTROLS)
+
+
+def test_nothing_that_is_shipped_knows_how_to_leave_a_control_out() -> None:
+    shipped = [
+        file for part in ("libs", "services", "functions", "dev") for file in (ROOT / part).rglob("*.py")
+    ]
+    assert len(shipped) > 50
+    assert [file for file in shipped if "tests.attacks" in file.read_text()] == []

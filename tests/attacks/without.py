@@ -1,0 +1,173 @@
+"""Run a service with exactly one control left out: for the attack lab, and never shipped.
+
+    python -m tests.attacks.without CONTROL -- SERVICE [ARGUMENT ...]
+
+Before the service's own `main` runs, one function of it (or one of the library's) is replaced by one that
+does everything but this control. Nothing that is shipped knows of this module, and no setting reaches it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import ssl
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+
+def client_certificate() -> None:
+    """A caller without a certificate is not ended by OpenSSL."""
+    from ztmtls import tls
+
+    harden = tls._harden
+
+    def lenient(context: ssl.SSLContext) -> None:
+        harden(context)
+        if context.protocol == ssl.PROTOCOL_TLS_SERVER:
+            context.verify_mode = ssl.CERT_OPTIONAL
+
+    # Before Python 3.13 OpenSSL's answer for "none" is a list that holds None.
+    presented = tls._presented_chain
+
+    def none_or_presented(handshake: Any) -> Any:
+        return presented(handshake) if handshake.getpeercert(binary_form=True) else ()
+
+    tls._harden = lenient
+    tls._presented_chain = none_or_presented
+
+
+def certificate_validity() -> None:
+    """OpenSSL does not look at the clock (X509_V_FLAG_NO_CHECK_TIME)."""
+    from ztmtls import tls
+
+    load_svid = tls.load_svid  # the last step of building a context
+
+    def timeless(context: ssl.SSLContext, svid: Any) -> None:
+        load_svid(context, svid)
+        context.verify_flags |= 0x200000  # type: ignore[operator]
+
+    tls.load_svid = timeless
+
+
+def peer_verification() -> None:
+    """Whatever OpenSSL lets through is believed to be what its first URI SAN says."""
+    from cryptography import x509
+
+    from ztmtls import tls
+    from ztmtls.svid import fingerprint, serial_text, spiffe_id_of
+    from ztmtls.verify import VerifiedPeer
+
+    def believe(chain: Any, bundles: Any, now: datetime) -> VerifiedPeer:
+        leaf: x509.Certificate = chain[0]
+        return VerifiedPeer(
+            id=spiffe_id_of(leaf),
+            serial=serial_text(leaf),
+            fingerprint=fingerprint(leaf),
+            not_before=leaf.not_valid_before_utc,
+            not_after=leaf.not_valid_after_utc,
+            valid_until=leaf.not_valid_after_utc,
+            authority=serial_text(chain[-1]),
+            chain=tuple(chain),
+        )
+
+    tls.verify_peer = believe
+
+
+def tls_version() -> None:
+    """TLS 1.2 is spoken, too."""
+    from ztmtls import tls
+
+    harden = tls._harden
+
+    def lenient(context: ssl.SSLContext) -> None:
+        harden(context)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    tls._harden = lenient
+
+
+def live_recheck() -> None:
+    """A connection that was verified once is never looked at again."""
+    from ztmtls import tls
+
+    tls.Connection.recheck = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+
+
+def identity_from_certificate() -> None:
+    """A header may say who is calling."""
+    from ztmtls import guard
+    from ztmtls.ids import SpiffeId
+
+    authorize = guard.authorize_request
+    check = guard.Guard.check
+
+    def believe(self: guard.Guard, connection: Any, scope: Any) -> str:
+        claimed = [value.decode() for name, value in scope["headers"] if name == b"x-spiffe-id"]
+        if not claimed:
+            return check(self, connection, scope)
+        raw_path = scope["path"].encode()
+        return authorize(self.policy, SpiffeId.parse(claimed[0]), scope["method"], scope["path"], raw_path)
+
+    guard.Guard.check = believe  # type: ignore[method-assign]
+
+
+def route_policy() -> None:
+    """Every verified caller may make every request."""
+    from ztmtls import guard
+
+    guard.authorize_request = lambda *_: "no rule asked"
+
+
+def form_origin() -> None:
+    """A form is taken from wherever it was sent."""
+    from frontend.security import Csrf
+
+    Csrf.check = lambda *_: None  # type: ignore[method-assign]
+
+
+def own_host_name() -> None:
+    """The frontend answers to every host name."""
+    from frontend import security
+
+    security.host_name = lambda _: "localhost"
+
+
+def body_limit() -> None:
+    """A request's body may be of any size."""
+    from ztmtls import guard
+
+    limited = guard._LimitedBody.__init__
+
+    def unlimited(self: Any, scope: Any, receive: Any, send: Any, _: int) -> None:
+        limited(self, scope, receive, send, sys.maxsize)
+
+    guard._LimitedBody.__init__ = unlimited  # type: ignore[method-assign]
+
+
+LEFT_OUT: Mapping[str, Callable[[], None]] = {
+    "client-certificate": client_certificate,
+    "certificate-validity": certificate_validity,
+    "peer-verification": peer_verification,
+    "tls-version": tls_version,
+    "live-recheck": live_recheck,
+    "identity-from-certificate": identity_from_certificate,
+    "route-policy": route_policy,
+    "form-origin": form_origin,
+    "own-host-name": own_host_name,
+    "body-limit": body_limit,
+}
+
+
+def main() -> None:
+    """Leave the control out, then become the service."""
+    control, dashes, *arguments = sys.argv[1:]
+    if dashes != "--" or not arguments:
+        sys.exit("usage: python -m tests.attacks.without CONTROL -- SERVICE [ARGUMENT ...]")
+    LEFT_OUT[control]()
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
