@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tests.attacks.catalogue import load_attacks
 from tests.attacks.controls import ROOT, Control, load_controls
@@ -25,7 +25,7 @@ from ztdev.console import Progress, make_console
 from ztdev.options import StackOptions
 from ztdev.stack import Stack
 
-REFUSED, SECOND, NOTHING = "refused", "would stop it", "-"
+REFUSED, SECOND, NOTHING = "R", "s", "-"
 
 
 async def prove_all(attacks: list[Attack], console: Console) -> list[Proof]:
@@ -59,14 +59,20 @@ def _tell(console: Console, place: str, attack: Attack, proof: Proof) -> None:
 def matrix(attacks: list[Attack], proofs: list[Proof], controls: dict[str, Control]) -> Table:
     """Attack by layer: which one refused it, which would also stop it, as it was seen."""
     layers = list(dict.fromkeys(control.layer for control in controls.values()))
-    table = Table("attack", *layers, "in the log")
+    table = Table(
+        "attack",
+        *(Column(layer, justify="center") for layer in layers),
+        "log",
+        caption="R: refused it. s: would also stop it, seen with R left out. -: not covered. "
+        "log: the refusal was read back.",
+    )
     for attack, proof in zip(attacks, proofs, strict=True):
         cells = dict.fromkeys(layers, NOTHING)
         if proof.ablation.startswith("stopped-by:"):
             cells[controls[proof.ablation.partition(":")[2]].layer] = SECOND
         if proof.refused:
             cells[controls[proof.control].layer] = REFUSED
-        table.add_row(attack.title, *cells.values(), "yes" if proof.audited else "no")
+        table.add_row(attack.id, *cells.values(), "yes" if proof.audited else "no")
     return table
 
 

@@ -35,3 +35,31 @@ async def rightful_status(lab: Lab, target: Target) -> Answer:
 async def rightful_charge(lab: Lab, target: Target) -> Answer:
     """Orders takes money."""
     return await lab.attack(target, charge(), svid=lab.svid("orders"))
+
+
+async def read_secret(lab: Lab, account: str, secret: str, token: str | None = None) -> Answer:
+    """Take the role of `account` with `token` (by default its own) and read `secret`."""
+    cloud = lab.stack.cloud
+    errand = {
+        "endpoint": cloud.endpoint_url,
+        "region": cloud.region,
+        "role": cloud.role_arn(account),
+        "token": token or lab.stack.issuer.token("zt-demo", account),
+        "secret": secret,
+    }
+    return await lab.attacker("aws_client.py", errand)
+
+
+async def query(lab: Lab, service: str, database: str, statement: str, password: str | None = None) -> Answer:
+    """Run `statement` in `database` with the login of `service` (by default with its password of now)."""
+    secret = await lab.stack.cloud.secret_value(f"zt-demo/{service}/db")
+    connect = {
+        "host": "127.0.0.1",
+        "port": lab.stack.ports.postgres,
+        "dbname": database,
+        "user": secret["username"],
+        "password": password or secret["password"],
+        "sslmode": "verify-full",
+        "sslrootcert": str(lab.stack.postgres.ca_file),
+    }
+    return await lab.attacker("sql_client.py", {"connect": connect, "statement": statement})

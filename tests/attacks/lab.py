@@ -32,7 +32,7 @@ from ztdev.ports import choose_free_ports
 from ztdev.stack import Stack
 from ztmtls.svid import X509Svid
 
-ATTACKER = Path(__file__).with_name("attacker.py")
+HERE = Path(__file__).parent
 
 Line = dict[str, Any]
 
@@ -52,16 +52,20 @@ class Answer:
         return self.status is None or self.status >= 400
 
     def __str__(self) -> str:
-        return self.error or " ".join(str(part) for part in (self.status, self.reason) if part)
+        return " ".join(str(part) for part in (self.status, self.reason, self.error) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom an attack is made on: its port on 127.0.0.1, and what it has written in its log as JSON."""
+    """Whom an attack is made on: its port on 127.0.0.1, and the decisions that it has written down.
+
+    `tells_reason` says whether its lines hold the reason code; the Workload API's hold a sentence.
+    """
 
     name: str
     port: int
     lines: Callable[[], list[Line]]
+    tells_reason: bool = True
 
     async def find(self, after: int, timeout: float = 10.0, **fields: Any) -> Line:
         """The first line from number `after` on that has `fields`. `TimeoutError` tells what came instead."""
@@ -79,11 +83,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What stops an attack: the control, the reason code, and more fields of its line in the log."""
+    """What stops an attack: the control, the reason code, more fields of its line in the log, and what the
+    attacker is `told` where two layers give the same code."""
 
     control: str
     reason: str
     line: Mapping[str, Any] = field(default_factory=dict)
+    told: str = ""
 
 
 Call = Callable[["Lab", Target], Awaitable[Answer]]
@@ -146,12 +152,27 @@ class Lab:
         self.stack = stack
 
     def target(self, name: str) -> Target:
-        """A service of the stack (`frontend`, `orders`, `payments`), or `identity`: the Workload API."""
+        """A service of the stack, `identity` (the Workload API), `postgres`, or `cloud` (writes no line)."""
+        stack = self.stack
         if name == "identity":
-            log = self.stack.state.logs / "identity.log"
-            return Target(name, 0, lambda: _json_lines(log.read_text().splitlines()))
-        port = self.stack.ports.page if name == "frontend" else getattr(self.stack.ports, name)
-        return _service(name, port, self.stack.process(name).log)
+            log = stack.state.logs / "identity.log"
+            return Target(name, 0, lambda: _json_lines(log.read_text().splitlines()), tells_reason=False)
+        if name == "postgres":
+            return Target(name, stack.ports.postgres, self._fatal_lines, tells_reason=False)
+        if name == "cloud":
+            return Target(name, stack.ports.cloud, list)
+        port = stack.ports.page if name == "frontend" else getattr(stack.ports, name)
+        return _service(name, port, stack.process(name).log)
+
+    def _fatal_lines(self) -> list[Line]:
+        """What PostgreSQL wrote about those whom it refused: `message` in its own words."""
+        text = (self.stack.state.logs / "postgres.log").read_text(errors="replace")
+        return [
+            {"decision": "deny", "severity": severity, "message": line.partition(f"{severity}:  ")[2]}
+            for line in text.splitlines()
+            for severity in ("FATAL", "ERROR")
+            if f"{severity}:  " in line
+        ]
 
     def svid(self, name: str, **changes: Any) -> X509Svid:
         """An SVID of the service account `name`, as `CertificateAuthority.issue` makes it."""
@@ -171,17 +192,25 @@ class Lab:
             "tls": (_pem(svid) | {"maximum": maximum}) if tls else None,
             "requests": requests,
         }
+        return await self.attacker("attacker.py", errand)
+
+    async def attacker(
+        self, program: str, errand: Mapping[str, Any], admit: Callable[[int], None] = lambda _: None
+    ) -> Answer:
+        """Run one of the attacker's programs to its end, in an empty environment; `admit` gets its process
+        id before it does anything."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
-            str(ATTACKER),
+            str(HERE / program),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={},
         )
+        admit(process.pid)
         output, _ = await process.communicate(json.dumps(errand).encode())
         if process.returncode != 0:
-            raise RuntimeError(f"the attacker's process failed with {process.returncode}")
+            raise RuntimeError(f"the attacker's {program} failed with {process.returncode}")
         return answer_of(json.loads(output))
 
     @contextlib.asynccontextmanager
@@ -284,23 +313,26 @@ async def _rightful(attack: Attack, lab: Lab, target: Target) -> None:
 async def _stopped_by(layer: Layer, attack: Attack, target: Target, mark: int, answer: Answer) -> Line:
     """The line of the log by which `layer` refused; what the attacker was told must not contradict it."""
     if answer.reason not in (None, layer.reason):
-        raise NotProved(f"refused for {answer.reason}, not for {layer.reason}")
+        raise NotProved(f"refused for {answer.reason}, not for {layer.reason}: {answer}")
+    if layer.told not in (answer.error or answer.body):
+        raise NotProved(f"refused by another layer: {answer}")
     if not attack.audited:
         if answer.reason is None:
             raise NotProved(f"no reason was told, and none is written down: {answer}")
         return {}
-    return await target.find(mark, decision="deny", reason=layer.reason, **layer.line)
+    wanted = {"reason": layer.reason} if target.tells_reason else {}
+    return await target.find(mark, decision="deny", **wanted, **layer.line)
 
 
 def answer_of(data: Mapping[str, Any]) -> Answer:
     """The answer that an attacker's process wrote down, with the reason of its problem document."""
-    reason = None
+    reason = data.get("reason")
     if "json" in str(
         {name.lower(): value for name, value in data.get("headers", {}).items()}.get("content-type")
     ):
         document = json.loads(data["body"])
         reason = document.get("reason") if isinstance(document, dict) else None
-    return Answer(reason=reason, **data)
+    return Answer(**{**data, "reason": reason})
 
 
 def _pem(svid: X509Svid | None) -> dict[str, Any]:
