@@ -60,7 +60,7 @@ def matrix(attacks: list[Attack], proofs: list[Proof], controls: dict[str, Contr
     """Attack by layer: which one refused it, which would also stop it, as it was seen."""
     layers = list(dict.fromkeys(control.layer for control in controls.values()))
     table = Table(
-        "attack",
+        Column("attack", no_wrap=True),
         *(Column(layer, justify="center") for layer in layers),
         "log",
         caption="R: refused it. s: would also stop it, seen with R left out. -: not covered. "

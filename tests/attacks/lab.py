@@ -104,6 +104,7 @@ class Attack:
     attempt: the deed by the attacker.
     first: what refuses it.
     second: what stops it with `first.control` left out; None when nothing does.
+    against: another door than that of the running service `target`.
     without: another way to leave the control out than a service started by `tests.attacks.without`.
     audited: False where the one who refuses writes no line about it (the matrix says so).
     """
@@ -116,6 +117,7 @@ class Attack:
     attempt: Call
     first: Layer
     second: Layer | None = None
+    against: Ablation | None = None
     without: Ablation | None = None
     audited: bool = True
 
@@ -214,17 +216,41 @@ class Lab:
         return answer_of(json.loads(output))
 
     @contextlib.asynccontextmanager
-    async def without(
-        self, control: str, service: str, environment: Mapping[str, str] | None = None
+    async def impostor(self, svid: X509Svid) -> AsyncIterator[str]:
+        """An attacker's server that presents `svid` and answers as payments would; gives its address."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            str(HERE / "impostor.py"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(_pem(svid)).encode() + b"\n")
+            port = int(await process.stdout.readline())
+            yield f"https://127.0.0.1:{port}"
+        finally:
+            process.stdin.close()
+            await process.wait()
+
+    @contextlib.asynccontextmanager
+    async def variant(
+        self, control: str | None, service: str, environment: Mapping[str, str] | None = None
     ) -> AsyncIterator[Target]:
-        """A second process of `service` in which only `control` is left out (see `tests.attacks.without`)."""
+        """A second process of `service`, in which only `control` is left out (see `tests.attacks.without`) or
+        nothing, and in whose environment more may be set."""
         port, probe = choose_free_ports(2)
         original = self.stack.process(service).spec
-        name = f"{service}-without-{control}"
+        name = f"{service}-without-{control or 'nothing'}"
+        launcher = ("-m", "tests.attacks.without", control, "--") if control else ("-m",)
         spec = replace(
             original,
             name=name,
-            argv=(sys.executable, "-m", "tests.attacks.without", control, "--", service),
+            argv=(sys.executable, *launcher, service),
             environment={
                 **original.environment,
                 **(environment or {}),
@@ -277,18 +303,19 @@ class NotProved(AssertionError):
 
 
 async def _refusal(attack: Attack, lab: Lab, proof: Proof) -> Proof:
-    target = lab.target(attack.target)
-    await _rightful(attack, lab, target)
-    mark = len(target.lines())
-    answer = await attack.attempt(lab, target)
-    if not answer.refused:
-        raise NotProved(f"the attack succeeded: {answer}")
-    line = await _stopped_by(attack.first, attack, target, mark, answer)
+    door = attack.against or (lambda lab: contextlib.nullcontext(lab.target(attack.target)))
+    async with door(lab) as target:
+        await _rightful(attack, lab, target)
+        mark = len(target.lines())
+        answer = await attack.attempt(lab, target)
+        if not answer.refused:
+            raise NotProved(f"the attack succeeded: {answer}")
+        line = await _stopped_by(attack.first, attack, target, mark, answer)
     return replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line)
 
 
 async def _ablation(attack: Attack, lab: Lab, proof: Proof) -> Proof:
-    leave_out = attack.without or (lambda lab: lab.without(attack.first.control, attack.target))
+    leave_out = attack.without or (lambda lab: lab.variant(attack.first.control, attack.target))
     async with leave_out(lab) as target:
         await _rightful(attack, lab, target)
         mark = len(target.lines())

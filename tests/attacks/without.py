@@ -8,6 +8,7 @@ does everything but this control. Nothing that is shipped knows of this module, 
 
 from __future__ import annotations
 
+import os
 import runpy
 import ssl
 import sys
@@ -94,6 +95,57 @@ def live_recheck() -> None:
     tls.Connection.recheck = lambda *_, **__: None  # type: ignore[method-assign,assignment]
 
 
+def trusted_authorities() -> None:
+    """OpenSSL trusts one authority more than the bundles hold: the PEM in `TOO_MUCH_TRUST`."""
+    from ztmtls import tls
+
+    load_svid = tls.load_svid  # the last step of building a context
+
+    def trustful(context: ssl.SSLContext, svid: Any) -> None:
+        load_svid(context, svid)
+        context.load_verify_locations(cadata=os.environ["TOO_MUCH_TRUST"])
+
+    tls.load_svid = trustful
+
+
+def authority_withdrawal() -> None:
+    """The first update from the Workload API is the last one that counts."""
+    from ztmtls.source import X509Source
+
+    receive = X509Source._receive
+
+    def once(self: X509Source, response: Any) -> None:
+        if not self._has_something_to_lose():
+            receive(self, response)
+
+    X509Source._receive = once  # type: ignore[method-assign]
+
+
+def mutual_tls() -> None:
+    """The application port speaks plain HTTP."""
+    from ztmtls import server
+
+    config = server._config
+
+    def plain(*args: Any, ssl_context_factory: Any = None, **more: Any) -> Any:
+        return config(*args, **more)
+
+    server._config = plain
+
+
+def server_identity() -> None:
+    """A client takes any verified workload for the server that it wants."""
+    from ztmtls import tls
+
+    authorize = tls.GenerationContext._authorize
+
+    def lenient(context: tls.GenerationContext, peer: Any) -> None:
+        if context._side == "callee":
+            authorize(context, peer)
+
+    tls.GenerationContext._authorize = lenient  # type: ignore[method-assign]
+
+
 def identity_from_certificate() -> None:
     """A header may say who is calling."""
     from ztmtls import guard
@@ -149,7 +201,11 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
     "client-certificate": client_certificate,
     "certificate-validity": certificate_validity,
     "peer-verification": peer_verification,
+    "trusted-authorities": trusted_authorities,
+    "authority-withdrawal": authority_withdrawal,
+    "mutual-tls": mutual_tls,
     "tls-version": tls_version,
+    "server-identity": server_identity,
     "live-recheck": live_recheck,
     "identity-from-certificate": identity_from_certificate,
     "route-policy": route_policy,
