@@ -50,15 +50,17 @@ async def read_secret(lab: Lab, account: str, secret: str, token: str | None = N
     return await lab.attacker("aws_client.py", errand)
 
 
-async def query(lab: Lab, service: str, database: str, statement: str, password: str | None = None) -> Answer:
-    """Run `statement` in `database` with the login of `service` (by default with its password of now)."""
-    secret = await lab.stack.cloud.secret_value(f"zt-demo/{service}/db")
+async def query(
+    lab: Lab, service: str, database: str, statement: str, login: Mapping[str, Any] | None = None
+) -> Answer:
+    """Run `statement` in `database` with `login`, by default the one that `service` has now."""
+    secret = login or await lab.stack.cloud.secret_value(f"zt-demo/{service}/db")
     connect = {
         "host": "127.0.0.1",
         "port": lab.stack.ports.postgres,
         "dbname": database,
         "user": secret["username"],
-        "password": password or secret["password"],
+        "password": secret["password"],
         "sslmode": "verify-full",
         "sslrootcert": str(lab.stack.postgres.ca_file),
     }

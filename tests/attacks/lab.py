@@ -83,12 +83,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What stops an attack: the control, the reason code, more fields of its line in the log, and what the
-    attacker is `told` where two layers give the same code."""
+    """What stops an attack: the control, the reason code, more fields of its line in the log (None: it writes
+    no line, and must tell the attacker its reason), and what is `told` where two give the same code."""
 
     control: str
     reason: str
-    line: Mapping[str, Any] = field(default_factory=dict)
+    line: Mapping[str, Any] | None = field(default_factory=dict)
     told: str = ""
 
 
@@ -106,7 +106,6 @@ class Attack:
     second: what stops it with `first.control` left out; None when nothing does.
     against: another door than that of the running service `target`.
     without: another way to leave the control out than a service started by `tests.attacks.without`.
-    audited: False where the one who refuses writes no line about it (the matrix says so).
     """
 
     id: str
@@ -119,7 +118,6 @@ class Attack:
     second: Layer | None = None
     against: Ablation | None = None
     without: Ablation | None = None
-    audited: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +308,7 @@ async def _refusal(attack: Attack, lab: Lab, proof: Proof) -> Proof:
         answer = await attack.attempt(lab, target)
         if not answer.refused:
             raise NotProved(f"the attack succeeded: {answer}")
-        line = await _stopped_by(attack.first, attack, target, mark, answer)
+        line = await _stopped_by(attack.first, target, mark, answer)
     return replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line)
 
 
@@ -327,7 +325,7 @@ async def _ablation(attack: Attack, lab: Lab, proof: Proof) -> Proof:
             return replace(proof, ablation="succeeds")
         if attack.second is None:
             raise NotProved(f"stopped without {attack.first.control}, by what nobody named: {answer}")
-        line = await _stopped_by(attack.second, attack, target, mark, answer)
+        line = await _stopped_by(attack.second, target, mark, answer)
         return replace(proof, ablation=f"stopped-by:{attack.second.control}", line_without=line)
 
 
@@ -337,13 +335,13 @@ async def _rightful(attack: Attack, lab: Lab, target: Target) -> None:
         raise NotProved(f"the rightful call to {target.name} was refused: {answer}")
 
 
-async def _stopped_by(layer: Layer, attack: Attack, target: Target, mark: int, answer: Answer) -> Line:
+async def _stopped_by(layer: Layer, target: Target, mark: int, answer: Answer) -> Line:
     """The line of the log by which `layer` refused; what the attacker was told must not contradict it."""
     if answer.reason not in (None, layer.reason):
         raise NotProved(f"refused for {answer.reason}, not for {layer.reason}: {answer}")
     if layer.told not in (answer.error or answer.body):
         raise NotProved(f"refused by another layer: {answer}")
-    if not attack.audited:
+    if layer.line is None:
         if answer.reason is None:
             raise NotProved(f"no reason was told, and none is written down: {answer}")
         return {}

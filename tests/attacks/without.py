@@ -171,6 +171,13 @@ def route_policy() -> None:
     guard.authorize_request = lambda *_: "no rule asked"
 
 
+def one_meaning_paths() -> None:
+    """A path means what it decodes to."""
+    from ztmtls import authz
+
+    authz.is_ambiguous = lambda *_: False
+
+
 def form_origin() -> None:
     """A form is taken from wherever it was sent."""
     from frontend.security import Csrf
@@ -209,6 +216,7 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
     "live-recheck": live_recheck,
     "identity-from-certificate": identity_from_certificate,
     "route-policy": route_policy,
+    "one-meaning-paths": one_meaning_paths,
     "form-origin": form_origin,
     "own-host-name": own_host_name,
     "body-limit": body_limit,

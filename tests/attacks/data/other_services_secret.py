@@ -42,7 +42,6 @@ ATTACK = Attack(
     rightful=rightful,
     attempt=attempt,
     without=without,
-    audited=False,
-    first=Layer("secret-role", "AccessDeniedException"),
-    second=Layer("secret-key", "AccessDeniedException", told="Access to KMS is not allowed"),
+    first=Layer("secret-role", "AccessDeniedException", None),
+    second=Layer("secret-key", "AccessDeniedException", None, told="Access to KMS is not allowed"),
 )

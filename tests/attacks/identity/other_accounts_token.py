@@ -44,6 +44,5 @@ ATTACK = Attack(
     rightful=rightful,
     attempt=attempt,
     without=without,
-    audited=False,
-    first=Layer("role-trust", "AccessDenied"),
+    first=Layer("role-trust", "AccessDenied", None),
 )
