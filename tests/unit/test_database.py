@@ -324,7 +324,7 @@ async def test_aws_that_does_not_answer_ends_no_patience(monkeypatch: pytest.Mon
 
     results = await asyncio.gather(*(shared.open(server.open) for _ in range(50)), return_exceptions=True)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5, "one after the other takes ten seconds"
     assert all(isinstance(result, NoDatabase) for result in results)
     assert "no answer in time" in str(results[-1])
     assert secret.refreshes == 1
