@@ -39,8 +39,9 @@ help: ## List the targets
 	@echo "Options: PORT=N (page), STATE=DIR (data), ARGS=\"...\" (passed on). Needs: Debian 12 or like it, python3 >= 3.11."
 
 .PHONY: run
-run: setup ## Run the whole stack here; Ctrl-C stops it
-	@exec .venv/bin/ztdev up $(UP_OPTIONS) $(ARGS)
+run: setup ## Run the whole stack here, with the attack lab on its page; Ctrl-C stops it
+	@.venv/bin/python -m tests.attacks.proof --page-only
+	@exec .venv/bin/python -m ztdev up --lab tests.attacks.serve --proofs build/pillars.json $(UP_OPTIONS) $(ARGS)
 
 .PHONY: demo
 demo: setup ## Start it apart, order, see two refusals, rotate passwords, order again, stop
@@ -50,6 +51,10 @@ demo: setup ## Start it apart, order, see two refusals, rotate passwords, order 
 attack: setup ## Attack it: each control refuses its attack, and shows what happens without it
 	@.venv/bin/ztdev prepare
 	@exec .venv/bin/python -m tests.attacks $(ARGS)
+
+.PHONY: proof
+proof: setup ## Write docs/proof.md, and the page's copy, from what `make attack` saw
+	@exec .venv/bin/python -m tests.attacks.proof $(ARGS)
 
 ##@ Work on it
 

@@ -1,51 +1,73 @@
 """`make attack`: every attack against a stack of its own, the matrix of layers, and `build/proof.json`.
 
-    python -m tests.attacks [--json FILE] [ATTACK ...]
-
-Exits with 1 when an attack is not proved as it declares.
+Exits with 1 when an attack is not proved as it declares, with 130 when interrupted; what was proved by then
+is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from tests.attacks.catalogue import load_attacks
-from tests.attacks.controls import ROOT, Control, load_controls
+from tests.attacks.controls import PILLARS, ROOT, Control, load_controls
 from tests.attacks.lab import Attack, Lab, Proof, prove
-from ztdev.console import Progress, make_console
+from tests.attacks.matrix import matrix
+from tests.attacks.proof import write_proofs
+from ztdev.console import Progress, make_console, print_error
+from ztdev.errors import StackError
+from ztdev.interrupts import stop_signals
 from ztdev.options import StackOptions
 from ztdev.stack import Stack
 
-REFUSED, SECOND, NOTHING = "R", "s", "-"
+INTERRUPTED = 130
 
 
 async def prove_all(attacks: list[Attack], console: Console) -> list[Proof]:
-    """Start a stack, run `attacks` one after the other, stop it."""
+    """Start a stack, run `attacks` one after the other, stop it.
+
+    Ctrl-C ends it early, with the proofs so far; a second one hurries.
+    """
     progress = Progress(console)
+    proofs: list[Proof] = []
     with tempfile.TemporaryDirectory(prefix="zt-attack-") as state:
-        options = StackOptions(
-            state_dir=Path(state), free_ports=True, rotate_every=0, log_level="warning", report=progress
+        stack = Stack(
+            StackOptions(
+                state_dir=Path(state), free_ports=True, rotate_every=0, log_level="warning", report=progress
+            )
         )
-        try:
-            async with Stack(options) as stack:
-                progress.close()
-                lab, proofs = Lab(stack), []
-                for number, attack in enumerate(attacks, 1):
-                    proof = await prove(attack, lab)
-                    _tell(console, f"{number:3}/{len(attacks)}", attack, proof)
-                    proofs.append(proof)
-                return proofs
-        finally:
+        async with stop_signals(stack.hurry, console) as stop:
+            work = asyncio.create_task(_prove_all(attacks, stack, console, progress, proofs))
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if work.done():
+                await work
+            else:
+                work.cancel()
+                await asyncio.wait({work})
+    return proofs
+
+
+async def _prove_all(
+    attacks: list[Attack], stack: Stack, console: Console, progress: Progress, proofs: list[Proof]
+) -> None:
+    try:
+        async with stack:
             progress.close()
+            lab = Lab(stack)
+            for number, attack in enumerate(attacks, 1):
+                proof = await prove(attack, lab)
+                proofs.append(proof)
+                _tell(console, f"{number:3}/{len(attacks)}", attack, proof)
+    finally:
+        progress.close()
 
 
 def _tell(console: Console, place: str, attack: Attack, proof: Proof) -> None:
@@ -56,52 +78,56 @@ def _tell(console: Console, place: str, attack: Attack, proof: Proof) -> None:
     console.print(f"{place}  {attack.id:26} {proof.seconds:5.1f} s  {verdict}", markup=False, soft_wrap=True)
 
 
-def matrix(attacks: list[Attack], proofs: list[Proof], controls: dict[str, Control]) -> Table:
-    """Attack by layer: which one refused it, which would also stop it, as it was seen."""
-    layers = list(dict.fromkeys(control.layer for control in controls.values()))
-    table = Table(
-        Column("attack", no_wrap=True),
-        *(Column(layer, justify="center") for layer in layers),
-        "log",
-        caption="R: refused it. s: would also stop it, seen with R left out. -: not covered. "
-        "log: the refusal was read back.",
+def _list(attacks: list[Attack], controls: dict[str, Control], console: Console) -> None:
+    for attack in attacks:
+        pillar = controls[attack.first.control].pillar
+        console.print(f"{attack.id:26} {pillar:12} {attack.title}", markup=False, soft_wrap=True)
+
+
+def _arguments(attacks: list[Attack]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.attacks",
+        description="Prove every control: attack a stack of its own, and the same with the control left out.",
     )
-    for attack, proof in zip(attacks, proofs, strict=True):
-        cells = dict.fromkeys(layers, NOTHING)
-        if proof.ablation.startswith("stopped-by:"):
-            cells[controls[proof.ablation.partition(":")[2]].layer] = SECOND
-        if proof.refused:
-            cells[controls[proof.control].layer] = REFUSED
-        table.add_row(attack.id, *cells.values(), "yes" if proof.audited else "no")
-    return table
-
-
-def document(proofs: list[Proof], controls: dict[str, Control]) -> list[dict[str, object]]:
-    """What `build/proof.json` holds."""
-    return [{"pillar": controls[proof.control].pillar, "ok": proof.ok, **proof.as_dict()} for proof in proofs]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.attacks", description="Prove every control.")
-    parser.add_argument("attack", nargs="*", help="ids of attacks; all when none is named")
+    parser.add_argument("attack", nargs="*", help="ids of attacks (see --list); all when none is named")
+    parser.add_argument("--pillar", choices=PILLARS, help="only the attacks on this pillar's controls")
+    parser.add_argument("--list", action="store_true", help="list the attacks, and run none")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "build" / "proof.json", help="default: %(default)s"
     )
     arguments = parser.parse_args()
-    attacks = [each for each in load_attacks() if not arguments.attack or each.id in arguments.attack]
     if unknown := set(arguments.attack) - {attack.id for attack in attacks}:
-        parser.error(f"no attack is called {sorted(unknown)[0]!r}")
-    console, controls, began = make_console(), load_controls(), time.monotonic()
-    proofs = asyncio.run(prove_all(attacks, console))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(document(proofs, controls), indent=2) + "\n")
-    console.print(matrix(attacks, proofs, controls))
+        parser.error(f"no attack is called {sorted(unknown)[0]!r}; --list shows them")
+    return arguments
+
+
+def main() -> int:
+    attacks, controls, console = load_attacks(), load_controls(), make_console()
+    arguments, began = _arguments(attacks), time.monotonic()
+    chosen = [
+        attack
+        for attack in attacks
+        if (not arguments.attack or attack.id in arguments.attack)
+        and arguments.pillar in (None, controls[attack.first.control].pillar)
+    ]
+    if arguments.list:
+        _list(chosen, controls, console)
+        return 0
+    try:
+        proofs = asyncio.run(prove_all(chosen, console))
+    except StackError as error:
+        print_error(str(error))
+        return int(error.exit_status)
+    write_proofs(arguments.json, proofs, controls)
+    console.print(matrix(chosen[: len(proofs)], proofs, controls))
     failed = [proof.attack for proof in proofs if not proof.ok]
     console.print(
-        f"{len(proofs) - len(failed)} of {len(proofs)} attacks proved in {time.monotonic() - began:.0f} s. "
+        f"{len(proofs) - len(failed)} of {len(chosen)} attacks proved in {time.monotonic() - began:.0f} s. "
         f"Evidence: {arguments.json}",
         soft_wrap=True,
     )
+    if len(proofs) < len(chosen):
+        return INTERRUPTED
     return 1 if failed else 0
 
 

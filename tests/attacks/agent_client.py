@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import grpc
 
@@ -16,7 +17,7 @@ TIMEOUT = 10.0
 def main() -> None:
     errand = json.load(sys.stdin)
     with grpc.insecure_channel(errand["socket"]) as channel:
-        fetch = channel.unary_stream("/SpiffeWorkloadAPI/FetchX509SVID")
+        fetch: Any = channel.unary_stream("/SpiffeWorkloadAPI/FetchX509SVID")
         try:
             next(fetch(b"", metadata=(("workload.spiffe.io", "true"),), timeout=TIMEOUT))
         except grpc.RpcError as error:

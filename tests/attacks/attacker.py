@@ -63,7 +63,7 @@ def _tls(given: dict[str, Any]) -> ssl.SSLContext:
 def _bytes(request: dict[str, Any]) -> bytes:
     if "raw" in request:
         return str(request["raw"]).encode("latin-1")
-    body = request.get("body", "").encode()
+    body: bytes = request.get("body", "").encode()
     lines = [f"{request.get('method', 'GET')} {request['path']} HTTP/1.1"]
     headers = request.get("headers", [])
     if not any(name.lower() == "host" for name, _ in headers):

@@ -27,6 +27,20 @@ class Control:
     not_covered: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pillar:
+    """One of the five, and what it means here."""
+
+    title: str
+    meaning: str
+
+
+def load_pillars() -> dict[str, Pillar]:
+    """The pillars by their ids, in the order of `PILLARS`."""
+    entries: dict[str, dict[str, str]] = yaml.safe_load(CONTROLS.read_text())["pillars"]
+    return {pillar: Pillar(**entries[pillar]) for pillar in PILLARS}
+
+
 def load_controls() -> dict[str, Control]:
     """Every control by its id. Raises `TypeError` for a field too many or too few."""
     entries: list[dict[str, Any]] = yaml.safe_load(CONTROLS.read_text())["controls"]

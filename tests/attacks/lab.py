@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -93,6 +93,7 @@ class Layer:
 
 
 Call = Callable[["Lab", Target], Awaitable[Answer]]
+Step = Literal["rightful", "attempt", "refused", "without", "done"]
 Ablation = Callable[["Lab"], AbstractAsyncContextManager[Target]]
 
 
@@ -118,6 +119,11 @@ class Attack:
     second: Layer | None = None
     against: Ablation | None = None
     without: Ablation | None = None
+
+    @property
+    def file(self) -> str:
+        """Its module, from the root of the tree on."""
+        return self.attempt.__module__.replace(".", "/") + ".py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,37 +289,55 @@ class Lab:
                 await registrations.disallow(pid=pid)
 
 
-async def prove(attack: Attack, lab: Lab) -> Proof:
-    """Run one attack. Never raises for what went otherwise than declared: `Proof.fault` tells."""
+Report = Callable[[Step, Proof], None]
+
+
+async def prove(attack: Attack, lab: Lab, report: Report = lambda step, proof: None) -> Proof:
+    """Run one attack. Never raises for what went otherwise than declared: `Proof.fault` tells.
+
+    `report` hears of each step as it begins, with what has been seen by then: the `rightful` call, the
+    `attempt`, that it was `refused`, the attempt `without` the control, and `done`.
+    """
     began = time.monotonic()
     proof = Proof(attack=attack.id, control=attack.first.control, reason=attack.first.reason)
+
+    def tell(step: Step, so_far: Proof) -> None:
+        nonlocal proof
+        proof = so_far
+        report(step, so_far)
+
     try:
         async with asyncio.timeout(60.0):
-            proof = await _refusal(attack, lab, proof)
-            proof = await _ablation(attack, lab, proof)
+            await _refusal(attack, lab, proof, tell)
+            proof = await _ablation(attack, lab, proof, tell)
     except Exception as error:
         proof = replace(proof, fault=f"{type(error).__name__}: {error}")
-    return replace(proof, seconds=round(time.monotonic() - began, 2))
+    proof = replace(proof, seconds=round(time.monotonic() - began, 2))
+    report("done", proof)
+    return proof
 
 
 class NotProved(AssertionError):
     """The stack did something else than the attack declares."""
 
 
-async def _refusal(attack: Attack, lab: Lab, proof: Proof) -> Proof:
+async def _refusal(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> None:
     door = attack.against or (lambda lab: contextlib.nullcontext(lab.target(attack.target)))
+    tell("rightful", proof)
     async with door(lab) as target:
         await _rightful(attack, lab, target)
+        tell("attempt", proof)
         mark = len(target.lines())
         answer = await attack.attempt(lab, target)
         if not answer.refused:
             raise NotProved(f"the attack succeeded: {answer}")
         line = await _stopped_by(attack.first, target, mark, answer)
-    return replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line)
+    tell("refused", replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line))
 
 
-async def _ablation(attack: Attack, lab: Lab, proof: Proof) -> Proof:
+async def _ablation(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> Proof:
     leave_out = attack.without or (lambda lab: lab.variant(attack.first.control, attack.target))
+    tell("without", proof)
     async with leave_out(lab) as target:
         await _rightful(attack, lab, target)
         mark = len(target.lines())
@@ -345,7 +369,7 @@ async def _stopped_by(layer: Layer, target: Target, mark: int, answer: Answer) -
         if answer.reason is None:
             raise NotProved(f"no reason was told, and none is written down: {answer}")
         return {}
-    wanted = {"reason": layer.reason} if target.tells_reason else {}
+    wanted: dict[str, Any] = {"reason": layer.reason} if target.tells_reason else {}
     return await target.find(mark, decision="deny", **wanted, **layer.line)
 
 

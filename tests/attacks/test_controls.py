@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.attacks.catalogue import load_attacks
-from tests.attacks.controls import PILLARS, ROOT, Control, load_controls
+from tests.attacks.controls import PILLARS, ROOT, Control, load_controls, load_pillars
 from tests.attacks.without import LEFT_OUT
 
 ATTACKS = {attack.id: attack for attack in load_attacks()}
@@ -21,6 +21,21 @@ def test_a_control_has_files_attacks_and_a_pillar(control: Control) -> None:
     assert set(control.attacks) <= set(ATTACKS)
     assert control.promise.endswith(".")
     assert control.not_covered.endswith(".")
+
+
+def test_every_pillar_has_a_meaning_and_controls() -> None:
+    assert tuple(load_pillars()) == PILLARS
+    assert {control.pillar for control in CONTROLS.values()} == set(PILLARS)
+
+
+def test_an_attack_lives_with_the_pillar_of_the_control_that_refuses_it() -> None:
+    for attack in ATTACKS.values():
+        assert attack.file.split("/")[2] == CONTROLS[attack.first.control].pillar, attack.id
+
+
+def test_an_attack_names_its_own_module() -> None:
+    assert [attack.id for attack in ATTACKS.values() if not (ROOT / attack.file).is_file()] == []
+    assert len({attack.file for attack in ATTACKS.values()}) == len(ATTACKS)
 
 
 def test_the_controls_name_each_attack_that_proves_them() -> None:

@@ -105,6 +105,14 @@ def up(
         Literal["debug", "info", "warning", "error"],
         typer.Option("--log-level", help="Logs of the services."),
     ] = "info",
+    lab: Annotated[
+        str | None,
+        typer.Option("--lab", metavar="MODULE", help="Let the page attack this stack, with this module."),
+    ] = None,
+    proofs: Annotated[
+        Path | None,
+        typer.Option("--proofs", metavar="FILE", help="What the page says is proved (of `make proof`)."),
+    ] = None,
 ) -> None:
     """Run the stack here until Ctrl-C (a second one hurries), or with --detach in the background."""
     _forget_aws_settings()
@@ -124,6 +132,8 @@ def up(
             http=http,
             loop=loop,
             log_level=log_level,
+            lab=lab,
+            proofs=proofs,
             report=progress,
         )
     except ValueError as error:

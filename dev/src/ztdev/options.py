@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,9 @@ class StackOptions:
     """Everything has a default that is right for `make run`; tests shorten lives and choose free ports.
 
     Times are in seconds. `rotate_every` is for the database passwords, in whole seconds; 0 rotates only when
-    asked. `environment` adds variables to (or replaces those of) one service by its name.
+    asked. `lab` is a module whose `serve(stack, socket)`, an async context manager, lets the page attack this
+    stack; the socket is its to make. `proofs` is a file with what was proved, for the page.
+    `environment` adds variables to (or replaces those of) one service by its name.
     """
 
     state_dir: Path = field(default_factory=default_state_directory)
@@ -46,6 +49,8 @@ class StackOptions:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain: float = 0.0
     grace: float = 10.0
+    lab: str | None = None
+    proofs: Path | None = None
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ready_within: float = 60.0
     report: Report | None = field(default=None, compare=False, repr=False)
@@ -58,3 +63,12 @@ class StackOptions:
         unknown = set(self.environment) - set(SERVICES)
         if unknown:
             raise ValueError(f"no service is called {sorted(unknown)[0]!r}")
+        if self.lab is not None and not _is_module(self.lab):
+            raise ValueError(f"there is no module {self.lab!r} to run as the attack lab")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its package
+        return False

@@ -10,6 +10,7 @@ What starts, in this order, at the same time where nothing forbids it:
     logins       the deployed secrets' passwords are set in the database; the secrets get their schedule
     migrations   each with its own identity, to their end
     services     payments, orders, frontend: processes of their own, watched and started again when they die
+    attack lab   when the options name one: what the page's attacks run in
     rotation     the secrets are rotated when they are due, and when `ztdev rotate` asks
 
 A service is admitted to its identity by its process id, right after the process was made and before its
@@ -32,8 +33,11 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -137,6 +141,7 @@ class Stack:
         self._identity_log: LogFile | None = None
         self._rotation_log: LogFile | None = None
         self._control: Control | None = None
+        self._lab = AsyncExitStack()
         self._hurry = asyncio.Event()
         self._closing = asyncio.Lock()
         self._phase = "new"
@@ -234,6 +239,7 @@ class Stack:
             )
         await _together(*(self._migrate(service) for service in DATABASE_SERVICES))
         await _together(*(self._start_service(service) for service in reversed(SERVICES)))
+        await self._start_lab()
         self._watchers += [
             asyncio.create_task(self._watch("the database", self.postgres.wait, self._restart_database)),
             asyncio.create_task(self._watch("the local AWS", self.cloud.wait, self._restart_cloud)),
@@ -376,6 +382,17 @@ class Stack:
             await process.wait_ready(self.options.ready_within)
             detail.text = process.spec.address
 
+    async def _start_lab(self) -> None:
+        if self.options.lab is None:
+            return
+        with self._steps.step("attack lab"):
+            lab = import_module(self.options.lab)
+            await self._lab.enter_async_context(lab.serve(self, self._lab_socket))
+
+    @property
+    def _lab_socket(self) -> Path:
+        return self.state.socket_directory() / "lab.sock"
+
     # -- environments: whole, explicit, and all that a service gets to know
 
     def _service_environment(self, service: str) -> dict[str, str]:
@@ -399,6 +416,10 @@ class Stack:
                 "ORDERS_URL": self.urls.orders,
                 "ORDERS_SPIFFE_ID": spiffe_id("orders"),
             }
+            if options.lab:
+                environment["LAB_SOCKET"] = str(self._lab_socket)
+            if options.proofs:
+                environment["PROOF_FILE"] = str(options.proofs.absolute())
         if service == "orders":
             environment |= {
                 "PAYMENTS_URL": self.urls.payments,
@@ -494,6 +515,7 @@ class Stack:
             self._phase = "stopping"
             if self._control is not None:
                 await self._quietly(self._control.close())
+            await self._quietly(self._lab.aclose())
             for watcher in self._watchers:
                 watcher.cancel()
             await asyncio.gather(*self._watchers, return_exceptions=True)
