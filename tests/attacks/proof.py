@@ -135,7 +135,9 @@ def main() -> int:
         return 1
     content = pillars(proofs, {attack.id: attack for attack in load_attacks()}, load_controls())
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(json.dumps({"pillars": content}, indent=2) + "\n")
+    unfinished = PAGE.with_suffix(".new")
+    unfinished.write_text(json.dumps({"pillars": content}, indent=2) + "\n")
+    unfinished.replace(PAGE)  # a frontend may read it meanwhile
     if arguments.page_only:
         return 0
     DOCUMENT.write_text(document(content))

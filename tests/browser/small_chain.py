@@ -104,7 +104,7 @@ class SmallChain:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self._failed is None:
             try:
-                if httpx.get(f"{self.url}/about", trust_env=False).status_code == 200:
+                if httpx.get(f"{self.url}/pillars", trust_env=False).status_code == 200:
                     return self
             except httpx.TransportError:
                 self._thread.join(0.02)

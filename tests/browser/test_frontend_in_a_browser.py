@@ -50,7 +50,7 @@ def test_every_other_page_fits_and_can_be_read(
         assert_readable(page)
 
     look("/status")
-    look("/about")
+    look("/pillars")
     look("/nothing")
     Shop(page, chain.url).open().choose(lamp="many").button.click()
     expect(page.get_by_role("alert")).to_be_visible()

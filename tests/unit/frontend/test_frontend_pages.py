@@ -440,10 +440,10 @@ async def test_an_unknown_order_is_a_page(browser: Browser) -> None:
 
 
 async def test_a_wrong_method_is_a_page_or_a_problem(browser: Browser) -> None:
-    page = await browser.http.delete("/about")
+    page = await browser.http.delete("/pillars")
     assert page.status_code == 405
     assert "method_not_allowed" in text_of(page.text)
-    answer = await browser.http.delete("/about", headers={"Accept": "application/json"})
+    answer = await browser.http.delete("/pillars", headers={"Accept": "application/json"})
     assert answer.json()["reason"] == "method_not_allowed"
 
 
@@ -453,7 +453,7 @@ async def test_reloading_the_answer_to_a_form_leads_back(browser: Browser) -> No
 
 
 async def test_head_answers_as_get_does(browser: Browser) -> None:
-    for path in ("/", "/about", "/status"):
+    for path in ("/", "/pillars", "/status"):
         assert (await browser.http.head(path)).status_code == 200
 
 

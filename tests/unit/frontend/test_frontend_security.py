@@ -136,7 +136,7 @@ def on_eks(settings: dict[str, Any], key_file: Path) -> None:
     ("method", "path"),
     [
         ("GET", "/"),
-        ("GET", "/about"),
+        ("GET", "/pillars"),
         ("GET", "/status"),
         ("GET", f"/orders/{ORDER_ID}"),
         ("GET", "/orders"),
@@ -186,12 +186,12 @@ async def test_static_files_may_be_kept_for_ever(browser: Browser) -> None:
 
 @pytest.mark.usefixtures("on_eks")
 async def test_hsts_is_sent_on_eks_only(browser: Browser) -> None:
-    answer = await browser.get("/about")
+    answer = await browser.get("/pillars")
     assert answer.headers["strict-transport-security"] == "max-age=31536000"
 
 
 async def test_pages_hold_nothing_inline(browser: Browser) -> None:
-    for path in ("/", "/about", "/status", f"/orders/{ORDER_ID}", "/nothing"):
+    for path in ("/", "/pillars", "/status", f"/orders/{ORDER_ID}", "/nothing"):
         page = (await browser.get(path)).text
         assert " style=" not in page
         assert "<style" not in page
@@ -251,8 +251,8 @@ async def test_the_application_sees_only_the_headers_it_reads() -> None:
 )
 async def test_another_host_name_is_refused(browser: Browser, audit: Audit, host: str) -> None:
     for good in ("localhost", "LOCALHOST:1234", "127.0.0.1:8080", "[::1]:8080"):
-        assert (await browser.get("/about", host=good)).status_code == 200
-    page = await browser.get("/about", host=host)
+        assert (await browser.get("/pillars", host=good)).status_code == 200
+    page = await browser.get("/pillars", host=host)
     assert page.status_code == 421
     assert "host_not_allowed" in text_of(page.text)
     assert audit.denials()[-1]["reason"] == "host_not_allowed"
@@ -260,7 +260,7 @@ async def test_another_host_name_is_refused(browser: Browser, audit: Audit, host
 
 async def test_two_host_headers_are_refused(browser: Browser) -> None:
     headers = httpx.Headers([("Host", "localhost"), ("Host", "evil.example")])
-    assert (await browser.http.get("/about", headers=headers)).status_code == 421
+    assert (await browser.http.get("/pillars", headers=headers)).status_code == 421
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])

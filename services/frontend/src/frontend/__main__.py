@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import nullcontext
 
 import httpx
 from pydantic_core import PydanticUndefined
@@ -17,6 +18,7 @@ from ztmtls.settings import load
 from ztmtls.source import X509Source
 
 from .app import create_app
+from .lab import Lab
 from .orders import SERVICE, Orders
 from .settings import Settings
 
@@ -50,12 +52,16 @@ async def serve(settings: Settings) -> None:
         audit=audit,
     )
     orders = Orders(client, hop)
-    app = create_app(settings, orders=orders, identity=lambda: source.status().as_dict(), audit=audit)
+    lab = Lab(settings.lab_socket) if settings.lab_socket else None
+    app = create_app(
+        settings, orders=orders, identity=lambda: source.status().as_dict(), audit=audit, lab=lab
+    )
     checks = {"orders": orders.answered_recently}
     async with (
         Probes(settings.probe_host, settings.probe_port, checks, source=source, audit=audit) as probes,
         source,
         client,
+        lab or nullcontext(),
     ):
         await source.ready(settings.startup_timeout_seconds or None)
         logger.info("pages on %s port %d, orders at %s", settings.host, settings.port, settings.orders_url)

@@ -22,9 +22,11 @@ from ztmtls.reasons import Reason, Refusal
 from .assets import Assets
 from .evidence import Hop, Placings, chain_of
 from .forms import OrderForm
+from .lab import Lab, LabUnavailable, lab_problem, lab_routes
 from .models import Order, now
 from .orders import Orders, OrdersFailure
 from .pages import Pages, wants_json
+from .pillars import Record, read_record
 from .security import Csrf, CsrfFailed, Guard
 from .settings import Settings
 from .status import Fault, IdentityReport, Overview, overview
@@ -35,12 +37,17 @@ READ = ["GET", "HEAD"]
 
 
 def create_app(
-    settings: Settings, *, orders: Orders, identity: Callable[[], dict[str, Any]], audit: AuditLog
+    settings: Settings,
+    *,
+    orders: Orders,
+    identity: Callable[[], dict[str, Any]],
+    audit: AuditLog,
+    lab: Lab | None = None,
 ) -> ASGIApp:
     """Build the frontend.
 
-    `identity` tells the state of our own identity (`SourceStatus` as a mapping). What is returned is the
-    application inside its `Guard`.
+    `identity` tells the state of our own identity (`SourceStatus` as a mapping). Without `lab` nothing below
+    `/lab` exists. What is returned is the application inside its `Guard`.
     """
     assets = Assets()
     csrf = Csrf(settings.csrf_key(), https=settings.https)
@@ -48,6 +55,11 @@ def create_app(
     placings = Placings()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _install_failures(app, pages)
+    if lab is not None:
+        app.include_router(lab_routes(lab, pages, csrf, audit))
+
+    def record() -> Record | None:
+        return read_record(settings.proof_file) if settings.proof_file else None
 
     async def look() -> Overview:
         own = IdentityReport.model_validate(identity())
@@ -89,21 +101,7 @@ def create_app(
     @app.post("/orders")
     async def place(request: Request) -> Response:
         """Take an order from the form."""
-        fields = [
-            (name, value)
-            for name, value in (await request.form(max_fields=64, max_files=0)).multi_items()
-            if isinstance(value, str)
-        ]
-        try:
-            csrf.check(request, dict(fields).get(Csrf.FIELD, ""))
-        except CsrfFailed as error:
-            audit.record(
-                "form", "deny", reason=error.reason, detail=error.detail, method="POST", path="/orders"
-            )
-            raise
-        audit.record("form", "allow", method="POST", path="/orders")
-
-        form = OrderForm.read(fields)
+        form = OrderForm.read(await csrf.take(request, audit))
         if not form.valid:
             return await order_page(request, form, 422)
         try:
@@ -163,10 +161,10 @@ def create_app(
             )
         return pages.render(request, "status.html", overview=chain)
 
-    @app.api_route("/about", methods=READ)
-    async def about(request: Request) -> Response:
-        """What this proves."""
-        return pages.render(request, "about.html")
+    @app.api_route("/pillars", methods=READ)
+    async def pillars(request: Request) -> Response:
+        """What is proved, pillar by pillar."""
+        return pages.render(request, "pillars.html", record=record())
 
     @app.api_route("/static/{name}", methods=READ)
     async def static(name: str) -> Response:
@@ -225,6 +223,10 @@ def _install_failures(app: FastAPI, pages: Pages) -> None:
         logger.warning("%s %s: %s", request.method, request.url.path, error)
         return _failed(pages, request, error)
 
+    async def on_lab(request: Request, error: Exception) -> Response:
+        assert isinstance(error, LabUnavailable)
+        return lab_problem(pages, request, error)
+
     async def on_csrf(request: Request, error: Exception) -> Response:
         assert isinstance(error, CsrfFailed)
         return pages.problem(request, 403, error.reason, "This form was refused", error.detail)
@@ -236,9 +238,11 @@ def _install_failures(app: FastAPI, pages: Pages) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = error.status_code
-        reason = {404: Reason.NOT_FOUND, 405: Reason.METHOD_NOT_ALLOWED, 413: Reason.TOO_LARGE}.get(
-            code, Reason.HTTP_ERROR
-        )
+        reason = {
+            404: Reason.NOT_FOUND,
+            405: Reason.METHOD_NOT_ALLOWED,
+            413: Reason.TOO_LARGE,
+        }.get(code, Reason.HTTP_ERROR)
         phrase = HTTPStatus(code).phrase
         detail = "" if error.detail == phrase else str(error.detail)
         return pages.problem(request, code, reason, phrase, detail, headers=dict(error.headers or {}))
@@ -249,6 +253,7 @@ def _install_failures(app: FastAPI, pages: Pages) -> None:
         return pages.problem(request, 500, Reason.INTERNAL_ERROR, title, "")
 
     app.add_exception_handler(OrdersFailure, on_orders_failure)
+    app.add_exception_handler(LabUnavailable, on_lab)
     app.add_exception_handler(CsrfFailed, on_csrf)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

@@ -50,6 +50,8 @@ class Pages:
         self._templates.globals |= {
             "asset": assets.url,
             "guidance": guidance,
+            "code_url": lambda file: _code_url(settings, file),
+            "lab": settings.lab_socket is not None,
             "mode": settings.mode,
             "money": formats.money,
             "Verdict": Verdict,
@@ -105,6 +107,13 @@ class Pages:
         )
         response.headers.update(headers or {})
         return response
+
+
+def _code_url(settings: Settings, file: str) -> str | None:
+    """Where a file of this project can be read: in the lab, else at `SOURCE_URL`, else nowhere."""
+    if settings.lab_socket is not None:
+        return f"/lab/code/{file}"
+    return settings.source_url and f"{settings.source_url}/{file}"
 
 
 def wants_json(request: Request) -> bool:

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ztmtls.audit import AuditLog
 from ztmtls.reasons import Reason, Refusal
 
 CONTENT_SECURITY_POLICY = "; ".join(
@@ -174,6 +175,19 @@ class Csrf:
         response.set_cookie(
             self.cookie, cookie, path="/", secure=self._https, httponly=True, samesite="strict"
         )
+
+    async def take(self, request: Request, audit: AuditLog) -> list[tuple[str, str]]:
+        """The fields of a form of ours; a line of the audit log either way. Raises `CsrfFailed`."""
+        form = await request.form(max_fields=64, max_files=0)
+        fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+        path = request.url.path
+        try:
+            self.check(request, dict(fields).get(self.FIELD, ""))
+        except CsrfFailed as error:
+            audit.record("form", "deny", reason=error.reason, detail=error.detail, method="POST", path=path)
+            raise
+        audit.record("form", "allow", method="POST", path=path)
+        return fields
 
     def check(self, request: Request, token: str) -> None:
         """Raise `CsrfFailed` unless this form was sent by a page of ours from this browser."""

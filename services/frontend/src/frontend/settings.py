@@ -12,6 +12,8 @@ from pydantic_settings import NoDecode
 
 from ztmtls.settings import Seconds, ServiceSettings, SpiffeIdSetting
 
+from .pillars import read_record
+
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MINIMUM_KEY_BYTES = 32
 
@@ -25,6 +27,12 @@ def _https_origin(text: str) -> str:
     return text.rstrip("/")
 
 
+def _web_address(text: str) -> str:
+    if urlsplit(text).scheme not in ("https", "http") or not urlsplit(text).hostname:
+        raise ValueError("must be an https:// address")
+    return text.rstrip("/")
+
+
 def _key_file(path: Path) -> Path:
     try:
         size = path.stat().st_size
@@ -32,6 +40,11 @@ def _key_file(path: Path) -> Path:
         raise ValueError(f"can't be read: {error.strerror}") from None
     if size < MINIMUM_KEY_BYTES:
         raise ValueError(f"holds {size} bytes, at least {MINIMUM_KEY_BYTES} random ones are needed")
+    return path
+
+
+def _proof_file(path: Path) -> Path:
+    read_record(path)
     return path
 
 
@@ -58,6 +71,23 @@ class Settings(ServiceSettings):
         None,
         description="file with at least 32 random bytes that sign form tokens; the same for every replica",
     )
+
+    proof_file: Annotated[Path, AfterValidator(_proof_file)] | None = Field(
+        None, description="what `make proof` wrote, for the page of the pillars"
+    )
+    source_url: Annotated[str, AfterValidator(_web_address)] | None = Field(
+        None, description="where the files of this project can be read, for links: `https://…/blob/main`"
+    )
+    lab_socket: Path | None = Field(
+        None, description="Unix socket of the attack lab; `local` only, and without it the lab has no address"
+    )
+
+    @field_validator("lab_socket")
+    @classmethod
+    def _lab_is_local(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("mode") != "local":
+            raise ValueError("is for MODE=local: nobody attacks a cluster from its own page")
+        return value
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

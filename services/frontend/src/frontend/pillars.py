@@ -1,0 +1,92 @@
+"""What is proved: the file that `make proof` writes, read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import AwareDatetime, ValidationError
+
+from .models import Model
+
+TITLES = {
+    "identity": "Identity",
+    "workload": "Workload",
+    "network": "Network",
+    "application": "Application",
+    "data": "Data",
+}
+
+
+class Proof(Model):
+    """What came of an attack, and when. `ablation` says what happened without the control."""
+
+    reason: str
+    refused: bool
+    audited: bool
+    ablation: str
+    ok: bool
+    at: AwareDatetime
+
+    @property
+    def second(self) -> str | None:
+        """The control that stopped the attack when this one was left out; None: it succeeded."""
+        layer = self.ablation.removeprefix("stopped-by:")
+        return None if layer == self.ablation else layer
+
+
+class Attack(Model):
+    """An attack that proves a control. `proof` is None when it was not run."""
+
+    id: str
+    title: str
+    file: str
+    proof: Proof | None
+
+
+class Control(Model):
+    """What a control promises, where it is, what proves it, and what it does not cover."""
+
+    id: str
+    layer: str
+    promise: str
+    not_covered: str
+    files: tuple[str, ...]
+    attacks: tuple[Attack, ...]
+
+
+class Pillar(Model):
+    """One of the five."""
+
+    id: str
+    title: str
+    meaning: str
+    controls: tuple[Control, ...]
+
+
+class Record(Model):
+    """The five pillars, with what is proved of each."""
+
+    pillars: tuple[Pillar, ...]
+
+    @property
+    def attacks(self) -> dict[str, Attack]:
+        """Every attack once."""
+        controls = (control for pillar in self.pillars for control in pillar.controls)
+        return {attack.id: attack for control in controls for attack in control.attacks}
+
+    @property
+    def proved(self) -> int:
+        """How many attacks were refused as they should be."""
+        return sum(attack.proof is not None and attack.proof.ok for attack in self.attacks.values())
+
+
+def read_record(file: Path) -> Record:
+    """What `make proof` wrote. Raises `ValueError` that says what is wrong with it."""
+    try:
+        return Record.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"is not what `make proof` writes: {where}: {first['msg']}") from None
