@@ -125,6 +125,16 @@ def _without(ablation: str) -> str:
     return "it succeeds" if stopped == ablation else f"stopped by `{stopped}`"
 
 
+def write_page(file: Path, proofs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the frontend's copy, and give what is in it."""
+    content = pillars(proofs, {attack.id: attack for attack in load_attacks()}, load_controls())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".new")
+    unfinished.write_text(json.dumps({"pillars": content}, indent=2) + "\n")
+    unfinished.replace(file)  # a frontend may read it meanwhile
+    return content
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.proof", description=__doc__)
     parser.add_argument("--page-only", action="store_true", help="make the frontend's copy only")
@@ -133,11 +143,7 @@ def main() -> int:
     if not proofs and not arguments.page_only:
         print(f"There is no evidence in {EVIDENCE}: run `make attack` first.", file=sys.stderr)
         return 1
-    content = pillars(proofs, {attack.id: attack for attack in load_attacks()}, load_controls())
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = PAGE.with_suffix(".new")
-    unfinished.write_text(json.dumps({"pillars": content}, indent=2) + "\n")
-    unfinished.replace(PAGE)  # a frontend may read it meanwhile
+    content = write_page(PAGE, proofs)
     if arguments.page_only:
         return 0
     DOCUMENT.write_text(document(content))

@@ -52,6 +52,7 @@ class Pages:
             "guidance": guidance,
             "code_url": lambda file: _code_url(settings, file),
             "lab": settings.lab_socket is not None,
+            "navigation": _navigation(settings),
             "mode": settings.mode,
             "money": formats.money,
             "Verdict": Verdict,
@@ -107,6 +108,11 @@ class Pages:
         )
         response.headers.update(headers or {})
         return response
+
+
+def _navigation(settings: Settings) -> list[tuple[str, str]]:
+    lab = [("/lab", "Lab")] if settings.lab_socket is not None else []
+    return [("/", "Order"), *lab, ("/pillars", "Pillars"), ("/status", "Status")]
 
 
 def _code_url(settings: Settings, file: str) -> str | None:

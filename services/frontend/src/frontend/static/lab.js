@@ -8,7 +8,8 @@
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
   const stage = find("[data-stage]", lab);
-  const marker = find("[data-marker]", lab);
+  const marker = find("[data-marker]", lab); // the attack, at the control that stopped it
+  const ghost = find("[data-ghost]", lab); // the same attack where that control was left out
   const caption = find("[data-caption]", lab);
   const title = find("[data-stage-title]", lab);
   const progress = find("[data-progress]", lab);
@@ -33,22 +34,21 @@
   }
 
   // Up to the edge of where it goes: nothing that is refused gets in.
-  async function travel(from, to, kind, through) {
+  async function travel(what, from, to, through) {
     const [start, end] = [middle(from), middle(to)];
     const length = Math.hypot(end.x - start.x, end.y - start.y) || 1;
     const short = through ? 0 : (end.r + 12) / length;
     const stop = { x: end.x - (end.x - start.x) * short, y: end.y - (end.y - start.y) * short };
     const place = ({ x, y }) => `translate(${x}px, ${y}px)`;
-    marker.className = `marker ${kind}`;
-    marker.hidden = false;
-    marker.style.transform = place(stop);
+    what.hidden = false;
+    what.style.transform = place(stop);
     if (still.matches || document.hidden) return;
-    const way = marker.animate([{ transform: place(start) }, { transform: place(stop) }], { duration: TRAVEL, easing: "ease-in-out" });
+    const way = what.animate([{ transform: place(start) }, { transform: place(stop) }], { duration: TRAVEL, easing: "ease-in-out" });
     await way.finished.catch(() => {}); // a newer step takes its place
   }
 
   function clear() {
-    marker.hidden = true;
+    marker.hidden = ghost.hidden = true;
     for (const each of all("[data-at]", stage)) each.classList.remove("held", "open", "aimed");
   }
 
@@ -58,16 +58,14 @@
       clear();
       title.textContent = name(row);
       part(target).classList.add("aimed");
-      shown.hidden = true;
       caption.textContent = "First the rightful call: it must succeed.";
     } else if (step === "attempt") {
       caption.textContent = "Now the attacker.";
-      await travel("attacker", target, "attack");
-    } else if (step === "refused") {
+      await travel(marker, "attacker", target);
+    } else if (step === "refused" || step === "without") {
+      if (marker.hidden) await travel(marker, "attacker", target);
       part(target).classList.add("held");
-      caption.textContent = `Refused by ${proof.control}: ${proof.reason}.`;
       show(row, proof);
-    } else if (step === "without") {
       caption.textContent = `Refused by ${proof.control}: ${proof.reason}. The same again, without ${proof.control} …`;
     } else if (step === "done") {
       await conclude(row, proof);
@@ -79,13 +77,13 @@
     title.textContent = name(row);
     show(row, proof);
     if (proof.fault) {
-      part(target).classList.replace("held", "open") || part(target).classList.add("open");
+      part(target).classList.remove("held");
+      part(target).classList.add("open");
       caption.textContent = `Not proved: ${proof.fault}`;
       return;
     }
-    part(target).classList.remove("held");
-    await travel("attacker", target, "attack", proof.ablation === "succeeds");
     part(target).classList.add("held");
+    await travel(ghost, "attacker", target, proof.ablation === "succeeds");
     caption.textContent = `Refused by ${proof.control}: ${proof.reason}. Without this control ${outcome(proof)}.`;
   }
 
@@ -118,7 +116,8 @@
     put("reason", proof.reason);
     put("peer", proof.line.peer_id ?? "none");
     put("seen", proof.seen);
-    put("line", Object.keys(proof.line).length ? JSON.stringify(proof.line) : "");
+    put("line", Object.keys(proof.line).length ? JSON.stringify(proof.line, null, 2) : "");
+    find('[data-fact="control"]', facts).className = "reason";
     put("ablation", proof.ablation ? `${outcome(proof)}: ${proof.seen_without}` : "trying …");
     put("fault", proof.fault);
     find(".fault", facts).hidden = !proof.fault;
@@ -127,7 +126,6 @@
 
   function show(row, proof) {
     fill(shown, row, proof);
-    shown.hidden = false;
   }
 
   // --- the list -----------------------------------------------------------------------------------------
