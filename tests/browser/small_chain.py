@@ -19,11 +19,13 @@ from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI, Header, Response
+from starlette.types import ASGIApp
 
 from frontend.__main__ import CONNECT_TIMEOUT
 from frontend.app import create_app
 from frontend.orders import Orders
 from frontend.settings import Settings
+from frontend.streams import Streams
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.client import AsyncClient, hop
@@ -94,6 +96,8 @@ class SmallChain:
         self._ports = {name: free_port() for name in ("orders", "payments")}
         self._authority = CertificateAuthority("zt.example", svid_ttl=svid_ttl)
         self._sources = {name: self._source(name) for name in ("frontend", "orders", "payments")}
+        self._audits = {name: AuditLog(name) for name in ("frontend", "orders", "payments")}
+        self._streams = Streams(self._audits["frontend"])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="small-chain")
         self._stop = asyncio.Event()
@@ -158,7 +162,7 @@ class SmallChain:
             servers = [
                 asyncio.create_task(self._serve("payments", _payments(self), "orders")),
                 asyncio.create_task(self._serve("orders", _orders(self, payments), "frontend")),
-                asyncio.create_task(serve_public(pages, host="127.0.0.1", port=self.port, grace=1)),
+                asyncio.create_task(self._serve_pages(pages)),
             ]
             stopping = asyncio.create_task(self._stop.wait())
             await asyncio.wait([*servers, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -167,6 +171,9 @@ class SmallChain:
             for result in await asyncio.gather(*servers, return_exceptions=True):
                 if isinstance(result, Exception):
                     raise result
+
+    async def _serve_pages(self, pages: ASGIApp) -> None:
+        await serve_public(pages, host="127.0.0.1", port=self.port, grace=1, on_stopping=self._streams.close)
 
     def _new_frontend(self) -> None:
         settings: dict[str, Any] = {
@@ -182,7 +189,8 @@ class SmallChain:
             Settings(**settings),
             orders=self._orders,
             identity=lambda: self._sources["frontend"].status().as_dict(),
-            audit=AuditLog("frontend"),
+            audit=self._audits["frontend"],
+            streams=self._streams,
         )
 
     def _client(self, caller: str, callee: str) -> AsyncClient:
@@ -215,7 +223,7 @@ class SmallChain:
             policy=Policy.parse(policy),
             host="127.0.0.1",
             port=self._ports[name],
-            audit=AuditLog(name),
+            audit=self._audits[name],
             grace=1,
         )
 
@@ -238,6 +246,7 @@ class SmallChain:
                 "next_rotation_at": _time(47),
             },
             "database": _database(service),
+            "decisions": self._audits[service].report(),
         }
 
 

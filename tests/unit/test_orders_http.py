@@ -71,7 +71,12 @@ def checkout() -> FakeCheckout:
 @pytest.fixture
 def app(checkout: FakeCheckout) -> FastAPI:
     async def status_report() -> dict[str, Any]:
-        return {"identity": {"state": "serving"}, "credentials": {"version": "v1"}, "database": None}
+        return {
+            "identity": {"state": "serving"},
+            "credentials": {"version": "v1"},
+            "database": None,
+            "decisions": {},
+        }
 
     async def payments_status() -> tuple[dict[str, Any], Link]:
         link = Link(source="orders", target="payments", method="GET", path="/status")

@@ -48,7 +48,12 @@ def ledger() -> FakeLedger:
 @pytest.fixture
 def app(ledger: FakeLedger) -> FastAPI:
     async def status_report() -> dict[str, Any]:
-        return {"identity": {"state": "serving"}, "credentials": {"version": "v1"}, "database": None}
+        return {
+            "identity": {"state": "serving"},
+            "credentials": {"version": "v1"},
+            "database": None,
+            "decisions": {},
+        }
 
     return create_app(cast(Ledger, ledger), status_report)
 

@@ -17,6 +17,7 @@ import pytest
 from frontend.app import create_app
 from frontend.orders import Orders
 from frontend.settings import Settings
+from frontend.streams import Streams
 from ztmtls.audit import AuditLog
 from ztmtls.hop import HopView
 from ztmtls.svid import IdentitySummary
@@ -309,6 +310,7 @@ async def browser(orders: ScriptedOrders, audit: Audit, settings: dict[str, Any]
             orders=Orders(client, seen_by_frontend),
             identity=lambda: identity("frontend"),
             audit=audit.log,
+            streams=Streams(audit.log),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         base_url = "https://shop.example" if made.https else "http://localhost:8080"

@@ -18,6 +18,7 @@ from frontend.app import create_app
 from frontend.lab import Lab
 from frontend.orders import Orders
 from frontend.settings import Settings
+from frontend.streams import Streams
 from tests.attacks.catalogue import load_attacks
 from tests.attacks.controls import load_controls
 from tests.attacks.lab import Attack, Proof, Report
@@ -90,6 +91,7 @@ async def opened(settings: Settings, orders: ScriptedOrders, audit: Audit) -> As
             orders=Orders(client, seen_by_frontend),
             identity=lambda: identity("frontend"),
             audit=audit.log,
+            streams=Streams(audit.log),
             lab=lab,
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -179,9 +181,10 @@ async def test_events_pass_through(running: Runner, socket: Path) -> None:
 async def test_listeners_are_bounded(
     running: Runner, shop: Browser, audit: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("frontend.lab.LISTENERS", 0)
+    monkeypatch.setattr("frontend.streams.LIMIT", 0)
     answer = await shop.get("/lab/events", Accept="application/json")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+    assert answer.json()["reason"] == audit.denials()[-1]["reason"] == "too_many_streams"
 
 
 async def test_a_lab_that_is_away_is_said_to_be(shop: Browser) -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -34,12 +34,16 @@ class AuditLog:
     """
 
     HANDSHAKES_PER_SECOND = 20
+    #: How many denials `report` tells, and what it tells of each.
+    REPORTED = 20
+    _TOLD = ("time", "event", "reason", "peer_id", "method", "path")
 
     def __init__(self, service: str, stream: TextIO | None = None) -> None:
         self.service = service
         self.counts: Counter[tuple[str, Decision, str]] = Counter()
         self._stream = stream
         self._floods: dict[str, _Flood] = {}
+        self._denials: deque[dict[str, Any]] = deque(maxlen=self.REPORTED)
         self._lock = threading.Lock()
 
     def record(
@@ -91,10 +95,25 @@ class AuditLog:
                     return
                 if flood.suppressed:
                     line["suppressed"], flood.suppressed = flood.suppressed, 0
+            if decision == "deny":
+                told = {name: line.get(name) for name in self._TOLD}
+                self._denials.append(told | {"path": line.get("path") and str(line["path"])[:256]})
             text = _encode(line) + "\n"
             stream = self._stream or sys.stdout
             stream.write(text)
             stream.flush()
+
+    def report(self) -> dict[str, Any]:
+        """For a status page: how many decisions were `allowed` and `denied`, and the `latest` denials.
+
+        Of each denial, the oldest first: `time` (RFC 3339, UTC), `event`, `reason`, `peer_id`, `method`,
+        `path`; None where there is none.
+        """
+        with self._lock:
+            totals: Counter[str] = Counter()
+            for (_, decision, _), count in self.counts.items():
+                totals[decision] += count
+            return {"allowed": totals["allow"], "denied": totals["deny"], "latest": list(self._denials)}
 
     def count(self, event: str, decision: Decision) -> None:
         """Count a decision that is worth no line: a handshake that went well is told by its requests."""

@@ -88,6 +88,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"
     CSRF_FAILED = "csrf_failed"
     HOST_NOT_ALLOWED = "host_not_allowed"
+    TOO_MANY_STREAMS = "too_many_streams"
     PAYMENT_DECLINED = "payment_declined"
     PAYMENT_UNKNOWN = "payment_unknown"
     DEPENDENCY_UNAVAILABLE = "dependency_unavailable"

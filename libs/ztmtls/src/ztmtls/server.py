@@ -122,10 +122,15 @@ async def serve_public(
     http: HttpParser = "auto",
     drain: float = 0.0,
     grace: float = 10.0,
+    on_stopping: Callable[[], None] | None = None,
 ) -> None:
-    """Serve `app` over plain HTTP to people, until SIGTERM or SIGINT. No request has an identity here."""
+    """Serve `app` over plain HTTP to people, until SIGTERM or SIGINT. No request has an identity here.
+
+    `on_stopping` is called once, before requests in flight get their `grace` seconds: end streams there,
+    which would use them up.
+    """
     config = _config(app, http, grace)
-    await _run_server(config, bind(host, port, "PORT"), probes, drain)
+    await _run_server(config, bind(host, port, "PORT"), probes, drain, on_stopping=on_stopping)
 
 
 def run(main: Callable[[], Awaitable[None]], *, loop: Loop = "auto") -> None:
@@ -243,6 +248,7 @@ async def _run_server(
     probes: Probes | None,
     drain: float,
     on_serving: Callable[[], None] | None = None,
+    on_stopping: Callable[[], None] | None = None,
 ) -> None:
     def serving() -> None:
         if probes is not None:
@@ -254,6 +260,8 @@ async def _run_server(
         logger.info("draining")
         if probes is not None:
             probes.draining = True
+        if on_stopping is not None:
+            on_stopping()
 
     await serve_until_stopped(config, sock, drain=drain, on_serving=serving, on_draining=draining)
 

@@ -21,6 +21,7 @@ from .app import create_app
 from .lab import Lab
 from .orders import SERVICE, Orders
 from .settings import Settings
+from .streams import Streams
 
 CONNECT_TIMEOUT = 3.0
 
@@ -53,8 +54,14 @@ async def serve(settings: Settings) -> None:
     )
     orders = Orders(client, hop)
     lab = Lab(settings.lab_socket) if settings.lab_socket else None
+    streams = Streams(audit)
     app = create_app(
-        settings, orders=orders, identity=lambda: source.status().as_dict(), audit=audit, lab=lab
+        settings,
+        orders=orders,
+        identity=lambda: source.status().as_dict(),
+        audit=audit,
+        streams=streams,
+        lab=lab,
     )
     checks = {"orders": orders.answered_recently}
     async with (
@@ -73,6 +80,7 @@ async def serve(settings: Settings) -> None:
             http=settings.http,
             drain=settings.drain_seconds,
             grace=settings.grace_seconds,
+            on_stopping=streams.close,
         )
 
 

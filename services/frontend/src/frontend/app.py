@@ -23,13 +23,16 @@ from .assets import Assets
 from .evidence import Hop, Placings, chain_of
 from .forms import OrderForm
 from .lab import Lab, LabUnavailable, lab_problem, lab_routes
-from .models import Order, now
+from .live import Watcher, live_parts
+from .models import Order, Product, now
 from .orders import Orders, OrdersFailure
 from .pages import Pages, wants_json
 from .pillars import Record, read_record
 from .security import Csrf, CsrfFailed, Guard
 from .settings import Settings
-from .status import Fault, IdentityReport, Overview, overview
+from .status import Decisions, Fault, IdentityReport, Overview, overview
+from .streams import Streams, TooManyStreams
+from .tour import PAGES, STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,14 @@ def create_app(
     orders: Orders,
     identity: Callable[[], dict[str, Any]],
     audit: AuditLog,
+    streams: Streams,
     lab: Lab | None = None,
 ) -> ASGIApp:
     """Build the frontend.
 
     `identity` tells the state of our own identity (`SourceStatus` as a mapping). Without `lab` nothing below
-    `/lab` exists. What is returned is the application inside its `Guard`.
+    `/lab` exists. Close `streams` when the process begins to stop. What is returned is the application inside
+    its `Guard`.
     """
     assets = Assets()
     csrf = Csrf(settings.csrf_key(), https=settings.https)
@@ -56,17 +61,19 @@ def create_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _install_failures(app, pages)
     if lab is not None:
-        app.include_router(lab_routes(lab, pages, csrf, audit))
+        app.include_router(lab_routes(lab, pages, csrf, audit, streams))
 
     def record() -> Record | None:
         return read_record(settings.proof_file) if settings.proof_file else None
 
     async def look() -> Overview:
         own = IdentityReport.model_validate(identity())
+        decisions = Decisions.model_validate(audit.report())
         try:
-            return overview(now(), own, await orders.status())
+            return overview(now(), own, await orders.status(), decisions)
         except OrdersFailure as failure:
-            return overview(now(), own, Fault(failure.reason, failure.title, failure.detail))
+            fault = Fault(failure.reason, failure.title, failure.detail)
+            return overview(now(), own, fault, decisions)
 
     async def recent_orders() -> tuple[Order, ...] | None:
         try:
@@ -161,10 +168,34 @@ def create_app(
             )
         return pages.render(request, "status.html", overview=chain)
 
+    watcher = Watcher(look, lambda: orders.calls)
+
+    @app.api_route("/live", methods=READ)
+    async def live(request: Request) -> Response:
+        """What changes, and what is served and refused meanwhile."""
+        _, product = await asyncio.gather(watcher.look(), first_product())
+        return pages.render(request, "live.html", form=True, watch=watcher.watch, product=product)
+
+    async def first_product() -> Product | None:
+        try:
+            return next(iter(await orders.products()), None)
+        except OrdersFailure:
+            return None
+
+    @app.get("/live/events")
+    async def live_events() -> Response:
+        """The parts of that page, each when it has changed, as server-sent events."""
+        return streams.answer("/live/events", live_parts(watcher, pages))
+
     @app.api_route("/pillars", methods=READ)
     async def pillars(request: Request) -> Response:
         """What is proved, pillar by pillar."""
         return pages.render(request, "pillars.html", record=record())
+
+    @app.api_route("/tour", methods=READ)
+    async def tour(request: Request) -> Response:
+        """The guided tour."""
+        return pages.render(request, "tour.html", steps=STEPS, names=PAGES)
 
     @app.api_route("/static/{name}", methods=READ)
     async def static(name: str) -> Response:
@@ -227,6 +258,12 @@ def _install_failures(app: FastAPI, pages: Pages) -> None:
         assert isinstance(error, LabUnavailable)
         return lab_problem(pages, request, error)
 
+    async def on_too_many(request: Request, error: Exception) -> Response:
+        assert isinstance(error, TooManyStreams)
+        title = "Too many pages show things live"
+        headers = {"Retry-After": "10"}
+        return pages.problem(request, 503, error.reason, title, error.detail, headers=headers)
+
     async def on_csrf(request: Request, error: Exception) -> Response:
         assert isinstance(error, CsrfFailed)
         return pages.problem(request, 403, error.reason, "This form was refused", error.detail)
@@ -254,6 +291,7 @@ def _install_failures(app: FastAPI, pages: Pages) -> None:
 
     app.add_exception_handler(OrdersFailure, on_orders_failure)
     app.add_exception_handler(LabUnavailable, on_lab)
+    app.add_exception_handler(TooManyStreams, on_too_many)
     app.add_exception_handler(CsrfFailed, on_csrf)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

@@ -40,9 +40,23 @@ def prose(text: str) -> str:
     return text.replace("'", APOSTROPHE)
 
 
+def inline(text: str) -> Markup:
+    """Prose in which words between backquotes are code."""
+    parts = prose(text).split("`")
+    return Markup().join(
+        Markup("<code>{}</code>").format(spiffe(part)) if index % 2 else escape(part)
+        for index, part in enumerate(parts)
+    )
+
+
 def serial(text: str) -> Markup:
     """Let a serial number break every eight digits."""
     return Markup("<wbr>").join(escape(text[i : i + 8]) for i in range(0, len(text), 8))
+
+
+def short(text: str) -> str:
+    """The first eight digits of a serial number or version: enough to tell two apart."""
+    return text[:8]
 
 
 def cipher(text: str) -> Markup:

@@ -7,7 +7,8 @@ lab saw.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ import httpx
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from ztmtls.audit import AuditLog
 from ztmtls.reasons import Reason
@@ -25,15 +26,13 @@ from .models import Model
 from .pages import Pages, wants_json
 from .pillars import TITLES
 from .security import Csrf
+from .streams import Streams
 
 READ = ["GET", "HEAD"]
 TIMEOUT = 5.0
 
 #: Seconds without a byte after which the lab's stream counts as broken; it gives a sign of life every ten.
 SILENCE = 30.0
-
-#: Streams that may be open at once.
-LISTENERS = 16
 
 
 #: In the place of an attack's id: every attack.
@@ -118,7 +117,6 @@ class Lab:
         self._http = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(socket)), base_url="http://lab", timeout=TIMEOUT
         )
-        self.listeners = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -167,7 +165,7 @@ class Lab:
         return answer
 
 
-def lab_routes(lab: Lab, pages: Pages, csrf: Csrf, audit: AuditLog) -> APIRouter:
+def lab_routes(lab: Lab, pages: Pages, csrf: Csrf, audit: AuditLog, streams: Streams) -> APIRouter:
     """The addresses below `/lab`."""
     router = APIRouter()
 
@@ -196,11 +194,9 @@ def lab_routes(lab: Lab, pages: Pages, csrf: Csrf, audit: AuditLog) -> APIRouter
         return _answer(request, "/lab")
 
     @router.get("/lab/events")
-    async def events(request: Request) -> Response:
+    async def events() -> Response:
         """What the lab sees, as server-sent events: its whole state first, then each change."""
-        if lab.listeners >= LISTENERS:
-            raise HTTPException(503, f"{LISTENERS} pages listen already. Close one.", {"Retry-After": "10"})
-        return StreamingResponse(_listen(lab), media_type="text/event-stream")
+        return streams.answer("/lab/events", _listen(lab))
 
     @router.api_route("/lab/code/{file:path}", methods=READ)
     async def code(request: Request, file: str) -> Response:
@@ -210,16 +206,11 @@ def lab_routes(lab: Lab, pages: Pages, csrf: Csrf, audit: AuditLog) -> APIRouter
     return router
 
 
-async def _listen(lab: Lab) -> AsyncIterator[bytes]:
-    lab.listeners += 1
-    try:
+async def _listen(lab: Lab) -> AsyncGenerator[bytes, None]:
+    with contextlib.suppress(LabUnavailable):  # the browser asks again
         async with lab.events() as chunks:
             async for chunk in chunks:
                 yield chunk
-    except LabUnavailable:
-        return  # the browser asks again
-    finally:
-        lab.listeners -= 1
 
 
 def _answer(request: Request, page: str) -> Response:

@@ -34,6 +34,9 @@ class _Orders(Model):
     orders: tuple[Order, ...]
 
 
+#: Refusals that are answers: what was asked for does not exist or can't be.
+_ANSWERS = (404, 409, 422)
+
 _FIELD_ERRORS = TypeAdapter(tuple[FieldError, ...])
 
 
@@ -61,6 +64,17 @@ class OrdersFailure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls to orders since the process was started, but for those that ask for its status.
+
+    `failed` ones got no usable answer; that there is no such thing, or can't be (404, 409, 422), is one.
+    """
+
+    answered: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """An order as orders answered it, and our own view of that very call."""
 
@@ -80,6 +94,7 @@ class Orders:
         self._client = client
         self._hop = hop
         self._answered_at = float("-inf")
+        self.calls = Calls()
 
     async def products(self) -> tuple[Product, ...]:
         """What can be ordered."""
@@ -139,13 +154,19 @@ class Orders:
         try:
             response = await self._send(method, path, **request)
         except httpx.HTTPError as error:
+            self._count(path, failed=True)
             raise _unanswered(error) from error
-        if response.is_success:
-            self._answered_at = time.monotonic()
-            return response, (self._answered_at - started) * 1000
+        failed = response.status_code not in _ANSWERS and not response.is_success
+        self._count(path, failed=failed)
         if response.status_code < 500:
             self._answered_at = time.monotonic()
+        if response.is_success:
+            return response, (self._answered_at - started) * 1000
         raise _refused(response)
+
+    def _count(self, path: str, *, failed: bool) -> None:
+        if path != "/status":
+            self.calls = Calls(self.calls.answered + (not failed), self.calls.failed + failed)
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Send it, and once more on a fresh connection when the one we kept had come to its end.
@@ -248,6 +269,6 @@ def _text(document: Mapping[str, object], member: str) -> str:
 
 def _our_status(status: int) -> int:
     """What a browser gets when orders answered `status`: its own faults as they are, ours as 502 or 503."""
-    if status in (404, 409, 422):
+    if status in _ANSWERS:
         return status
     return 503 if status in (429, 503, 504) else 502

@@ -38,6 +38,7 @@ class Pages:
             "clock": formats.clock,
             "duration": formats.duration,
             "glyph": formats.glyph,
+            "inline": formats.inline,
             "left": formats.left,
             "possessive": formats.possessive,
             "prose": formats.prose,
@@ -55,6 +56,7 @@ class Pages:
             "navigation": _navigation(settings),
             "mode": settings.mode,
             "money": formats.money,
+            "short": formats.short,
             "Verdict": Verdict,
         }
 
@@ -74,6 +76,10 @@ class Pages:
         if form:
             self._csrf.remember(response, cookie)
         return response
+
+    def fragment(self, template: str, **context: Any) -> str:
+        """Render a part of a page, for a stream."""
+        return self._templates.get_template(template).render(context, now=now())
 
     def problem(
         self,
@@ -112,7 +118,14 @@ class Pages:
 
 def _navigation(settings: Settings) -> list[tuple[str, str]]:
     lab = [("/lab", "Lab")] if settings.lab_socket is not None else []
-    return [("/", "Order"), *lab, ("/pillars", "Pillars"), ("/status", "Status")]
+    return [
+        ("/", "Order"),
+        ("/live", "Live"),
+        *lab,
+        ("/pillars", "Pillars"),
+        ("/tour", "Tour"),
+        ("/status", "Status"),
+    ]
 
 
 def _code_url(settings: Settings, file: str) -> str | None:

@@ -65,6 +65,25 @@ class CredentialsReport(Model):
         return {"serving": Health.OK, "degraded": Health.WARN}.get(self.state, Health.BAD)
 
 
+class Denial(Model):
+    """Something that a service refused, as its audit log has it."""
+
+    time: AwareDatetime
+    event: str
+    reason: str
+    peer_id: str | None = None
+    method: str | None = None
+    path: str | None = None
+
+
+class Decisions(Model):
+    """What a service has decided since it was started (`AuditLog.report`), the latest denial last."""
+
+    allowed: int
+    denied: int
+    latest: tuple[Denial, ...]
+
+
 class ServiceReport(Model):
     """What one service says of itself, and passes on from those behind it."""
 
@@ -72,6 +91,7 @@ class ServiceReport(Model):
     identity: IdentityReport | None = None
     credentials: CredentialsReport | None = None
     database: DatabaseUse | None = None
+    decisions: Decisions | None = None
     seen_by_callee: View | None = None
     reason: str | None = None
     downstream: tuple[ServiceReport, ...] = ()
@@ -151,9 +171,14 @@ class Overview:
         return next(((hop, hop.fault) for hop in hops if hop.fault), None)
 
 
-def overview(at: datetime, own: IdentityReport, answer: tuple[ServiceReport, Link] | Fault) -> Overview:
+def overview(
+    at: datetime,
+    own: IdentityReport,
+    answer: tuple[ServiceReport, Link] | Fault,
+    decisions: Decisions | None = None,
+) -> Overview:
     """Make the picture from our own state and what orders answered, or why it did not."""
-    frontend = ServiceReport(service="frontend", identity=own)
+    frontend = ServiceReport(service="frontend", identity=own, decisions=decisions)
     payments = ServiceReport(service="payments")
     if isinstance(answer, Fault):
         return Overview(

@@ -56,7 +56,12 @@ async def serve(settings: Settings) -> None:
             use = await orders.database_use()
         except NoDatabase:
             use = None
-        return {"identity": source.status().as_dict(), "credentials": secret.status(), "database": use}
+        return {
+            "identity": source.status().as_dict(),
+            "credentials": secret.status(),
+            "database": use,
+            "decisions": audit.report(),
+        }
 
     patience = settings.startup_timeout_seconds or None
     async with AsyncExitStack() as stack:

@@ -78,5 +78,6 @@ class StatusAnswer(BaseModel):
     identity: dict[str, Any]
     credentials: dict[str, Any]
     database: dict[str, Any] | None
+    decisions: dict[str, Any]
     seen_by_callee: HopDict
     downstream: list[dict[str, Any]]

@@ -185,6 +185,7 @@ async function keepFresh() {
 // --- begin --------------------------------------------------------------------------------------------
 
 addCopyButtons();
+addEventListener("adopted", tick);
 tick();
 setInterval(tick, 1000);
 for (const form of $$("form[data-order]")) {
