@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from tests.attacks.catalogue import load_attacks
 from tests.attacks.controls import load_controls
 from tests.browser.conftest import OpenPage
-from tests.browser.shop import assert_no_sideways_scroll, assert_readable
+from tests.browser.shop import assert_accessible, assert_no_sideways_scroll
 from ztdev.stack import BackgroundStack
 
 WITHIN = 60_000  # milliseconds: an attack starts processes of its own
@@ -95,7 +95,7 @@ def test_every_page_of_proofs_fits_and_can_be_read(
     for path in ("/lab", "/pillars", "/lab/code/libs/ztmtls/src/ztmtls/verify.py"):
         page.goto(stack.urls.page + path)
         assert_no_sideways_scroll(page)
-        assert_readable(page)
+        assert_accessible(page)
 
 
 def test_a_control_leads_to_its_code_and_to_the_attack_on_it(stack: BackgroundStack, page: Page) -> None:

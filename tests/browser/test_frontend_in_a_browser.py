@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Page, Request, expect
 
 from .conftest import OpenPage
-from .shop import OrderPage, Shop, assert_no_sideways_scroll, assert_readable, assert_whole_chain
+from .shop import OrderPage, Shop, assert_accessible, assert_no_sideways_scroll, assert_whole_chain
 from .small_chain import PREFIX, SmallChain
 
 WIDTHS = [360, 768, 1280, 1600]
@@ -27,13 +27,13 @@ def test_ordering_shows_the_proven_chain(
     page = open_page(width=width, color_scheme=scheme)
     shop = Shop(page, chain.url).open()
     assert_no_sideways_scroll(page)
-    assert_readable(page)
+    assert_accessible(page)
 
     order = shop.choose(lamp=1, pencil=12).place()
 
     assert_whole_chain(order, PREFIX)
     assert_no_sideways_scroll(page)
-    assert_readable(page)
+    assert_accessible(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -47,7 +47,7 @@ def test_every_other_page_fits_and_can_be_read(
         if path:
             page.goto(chain.url + path)
         assert_no_sideways_scroll(page)
-        assert_readable(page)
+        assert_accessible(page)
 
     look("/status")
     look("/pillars")

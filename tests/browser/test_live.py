@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.shop import assert_no_sideways_scroll, assert_readable
+from tests.browser.shop import assert_accessible, assert_no_sideways_scroll
 from ztdev.options import spiffe_id
 from ztdev.stack import BackgroundStack
 
@@ -103,7 +103,7 @@ def test_live_and_tour_fit_and_can_be_read(
     for path in ("/live", "/tour"):
         page.goto(stack.urls.page + path)
         assert_no_sideways_scroll(page)
-        assert_readable(page)
+        assert_accessible(page)
 
 
 def test_walk_the_tour_by_keyboard(stack: BackgroundStack, page: Page) -> None:

@@ -116,7 +116,7 @@ async def test_a_pending_payment_says_so_and_looks_again(browser: Browser, order
     )
     await browser.order(lamp=1)
     page = await browser.get(ORDER_PAGE)
-    assert '<meta http-equiv="refresh" content="4">' in page.text
+    assert f'href="{ORDER_PAGE}" data-look-again' in page.text
     assert "not settled yet" in text_of(page.text)
     assert "On every hop so far" in text_of(page.text)
     assert "No answer yet" in text_of(page.text)

@@ -193,6 +193,7 @@ for (const form of $$("form[data-order]")) {
   setUpSending(form);
 }
 document.querySelector("[data-focus]")?.focus();
+if (document.querySelector("[data-look-again]")) setTimeout(() => location.reload(), 4000);
 if (document.querySelector("[data-live]")) {
   const rotations = document.querySelector("[data-rotations]");
   if (rotations) rotations.hidden = false;
