@@ -10,8 +10,9 @@ with what it attacks.
 port: where to connect, on 127.0.0.1.
 tls: null for plain TCP; else the PEM `chain` and `key` to present (neither: no certificate), and `maximum`,
     the highest TLS version to speak ("1.2").
-requests: `method`, `path`, `headers` (pairs), `body` (text), `raw` (bytes as text, sent as they are), and
-    `not_before` (seconds since the epoch, waited for with the connection open).
+requests: `method`, `path`, `headers` (pairs), `body` (text), `raw` (bytes as text, sent as they are),
+    `not_before` (seconds since the epoch, waited for with the connection open), `pause` (seconds before the
+    body is sent), and `resume` (on a new connection, which offers the TLS session of the one before).
 """
 
 from __future__ import annotations
@@ -36,12 +37,20 @@ def main() -> None:
 def carry_out(errand: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     try:
-        with socket.create_connection(("127.0.0.1", errand["port"]), timeout=TIMEOUT) as plain:
-            connection = plain if errand["tls"] is None else _tls(errand["tls"]).wrap_socket(plain)
-            for request in errand["requests"]:
-                time.sleep(max(0.0, request.get("not_before", 0) - time.time()))
-                connection.sendall(_bytes(request))
-                answer = _read(connection, request.get("method", "GET"))
+        context = errand["tls"] and _tls(errand["tls"])
+        connection = _connect(errand["port"], context)
+        for request in errand["requests"]:
+            time.sleep(max(0.0, request.get("not_before", 0) - time.time()))
+            if request.get("resume"):
+                assert isinstance(connection, ssl.SSLSocket)
+                session = connection.session
+                connection.close()
+                connection = _connect(errand["port"], context, session)
+            head, body = _bytes(request)
+            connection.sendall(head)
+            time.sleep(request.get("pause", 0))
+            connection.sendall(body)
+            answer = _read(connection, request.get("method", "GET"))
     except (OSError, http.client.HTTPException) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return answer
@@ -60,9 +69,14 @@ def _tls(given: dict[str, Any]) -> ssl.SSLContext:
     return context
 
 
-def _bytes(request: dict[str, Any]) -> bytes:
+def _connect(port: int, context: ssl.SSLContext | None, session: Any = None) -> socket.socket:
+    plain = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+    return plain if context is None else context.wrap_socket(plain, session=session)
+
+
+def _bytes(request: dict[str, Any]) -> tuple[bytes, bytes]:
     if "raw" in request:
-        return str(request["raw"]).encode("latin-1")
+        return str(request["raw"]).encode("latin-1"), b""
     body: bytes = request.get("body", "").encode()
     lines = [f"{request.get('method', 'GET')} {request['path']} HTTP/1.1"]
     headers = request.get("headers", [])
@@ -71,7 +85,7 @@ def _bytes(request: dict[str, Any]) -> bytes:
     lines += [f"{name}: {value}" for name, value in headers]
     if body:
         lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    return "\r\n".join([*lines, "", ""]).encode("latin-1"), body
 
 
 def _read(connection: socket.socket, method: str) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import json
 import uuid
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.attacks.lab import Answer, Lab, Target
+from ztdev.shop import QUANTITY, order_form
 
 STATUS: Mapping[str, Any] = {"path": "/status"}
 
@@ -35,6 +37,57 @@ async def rightful_status(lab: Lab, target: Target) -> Answer:
 async def rightful_charge(lab: Lab, target: Target) -> Answer:
     """Orders takes money."""
     return await lab.attack(target, charge(), svid=lab.svid("orders"))
+
+
+async def fill_in(
+    lab: Lab, target: Target, quantity: str, origin: str | None = None, cookie: str | None = None
+) -> Answer:
+    """Open the order page, type `quantity` at the first thing, and send the form: from our own page with the
+    cookie that came with it, unless another `origin` or `cookie` is given."""
+    page = await lab.attack(target, {"path": "/"}, tls=False)
+    form = order_form(page.body)
+    assert form is not None
+    first = next(name for name in form.fields if name.startswith(QUANTITY))
+    host = f"127.0.0.1:{target.port}"
+    request = {
+        "method": "POST",
+        "path": "/orders",
+        "headers": [
+            ("Host", host),
+            ("Origin", origin or f"http://{host}"),
+            ("Accept", "text/html" if origin is None else "application/problem+json"),
+            ("Content-Type", "application/x-www-form-urlencoded"),
+            ("Cookie", cookie or page.headers["set-cookie"].partition(";")[0]),
+        ],
+        "body": urlencode(form.fields | {first: quantity}),
+    }
+    return await lab.attack(target, request, tls=False)
+
+
+def once(payments: list[str]) -> Answer:
+    """What repeating a charge came to: refused when all answers tell of one payment."""
+    if len(set(payments)) == 1:
+        return Answer(
+            reason="replayed", error=f"{len(payments)} requests, one payment: the first answer again"
+        )
+    return Answer(status=201, body=f"{len(set(payments))} payments")
+
+
+async def place_order(lab: Lab, target: Target, caller: str = "frontend") -> Answer:
+    """An order for one of the first thing on offer, placed at orders."""
+    return await lab.attack(target, await order_request(lab), svid=lab.svid(caller))
+
+
+async def order_request(lab: Lab) -> dict[str, Any]:
+    """The request that places it, with a key of its own."""
+    answer = await lab.attack(lab.target("orders"), {"path": "/products"}, svid=lab.svid("frontend"))
+    sku = json.loads(answer.body)["products"][0]["sku"]
+    return {
+        "method": "POST",
+        "path": "/orders",
+        "headers": [("Content-Type", "application/json"), ("Idempotency-Key", uuid.uuid4().hex)],
+        "body": json.dumps({"items": [{"sku": sku, "quantity": 1}]}),
+    }
 
 
 async def read_secret(lab: Lab, account: str, secret: str, token: str | None = None) -> Answer:

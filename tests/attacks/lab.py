@@ -84,7 +84,10 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """What stops an attack: the control, the reason code, more fields of its line in the log (None: it writes
-    no line, and must tell the attacker its reason), and what is `told` where two give the same code."""
+    no line, and must tell the attacker its reason), and what is `told` where two give the same code.
+
+    The line is a denial with this reason unless its fields say otherwise.
+    """
 
     control: str
     reason: str
@@ -370,7 +373,8 @@ async def _stopped_by(layer: Layer, target: Target, mark: int, answer: Answer) -
             raise NotProved(f"no reason was told, and none is written down: {answer}")
         return {}
     wanted: dict[str, Any] = {"reason": layer.reason} if target.tells_reason else {}
-    return await target.find(mark, decision="deny", **wanted, **layer.line)
+    wanted = {"decision": "deny"} | wanted | dict(layer.line)
+    return await target.find(mark, **wanted)
 
 
 def answer_of(data: Mapping[str, Any]) -> Answer:

@@ -178,6 +178,92 @@ def one_meaning_paths() -> None:
     authz.is_ambiguous = lambda *_: False
 
 
+def callers_own() -> None:
+    """An order is told to whoever may ask for orders."""
+    from sqlalchemy import select
+    from sqlalchemy.orm import selectinload
+
+    from orders.models import Order
+    from orders.store import Orders
+
+    async def find(self: Orders, caller: str, order_id: Any) -> Order:
+        query = select(Order).where(Order.id == order_id).options(selectinload(Order.items))
+
+        async def work(session: Any) -> Order:
+            order: Order = (await session.scalars(query)).one()
+            return order
+
+        return await self._database.run(work)
+
+    Orders.find = find
+
+
+def exactly_once() -> None:
+    """Each charge is a new one, whatever its key."""
+    from uuid import uuid4
+
+    from payments.ledger import Ledger
+
+    charge = Ledger.charge
+
+    async def again(self: Ledger, caller: str, key: str, request: Any) -> Any:
+        return await charge(self, caller, uuid4().hex, request)
+
+    Ledger.charge = again
+
+
+def one_end() -> None:
+    """A request may say in two ways where it ends; the parser takes one of them."""
+    from ztmtls import guard
+
+    guard.refuse_two_ends = lambda _: None
+
+
+def request_deadline() -> None:
+    """A request may take as long as it likes."""
+    from ztmtls import guard
+
+    limited = guard._LimitedBody.__init__
+
+    def patient(self: Any, scope: Any, receive: Any, send: Any, limit: int, _: float) -> None:
+        limited(self, scope, receive, send, limit, 3600.0)
+
+    guard._LimitedBody.__init__ = patient
+
+
+def no_session_tickets() -> None:
+    """A server hands out tickets, with which a session is taken up again."""
+    from ztmtls import tls
+
+    harden = tls._harden
+
+    def generous(context: ssl.SSLContext) -> None:
+        harden(context)
+        if context.protocol == ssl.PROTOCOL_TLS_SERVER:
+            context.num_tickets = 2
+
+    tls._harden = generous
+
+
+def escaping() -> None:
+    """Templates write values as they are."""
+    import jinja2
+
+    make = jinja2.Environment.__init__
+
+    def trusting(self: jinja2.Environment, *args: Any, **more: Any) -> None:
+        make(self, *args, **more | {"autoescape": False})
+
+    jinja2.Environment.__init__ = trusting
+
+
+def no_framing() -> None:
+    """The page does not look at what a browser wants it for."""
+    from frontend import security
+
+    security.FRAMES = frozenset()
+
+
 def idempotency_keys() -> None:
     """A key stands for any request."""
     from payments import ledger
@@ -205,8 +291,8 @@ def body_limit() -> None:
 
     limited = guard._LimitedBody.__init__
 
-    def unlimited(self: Any, scope: Any, receive: Any, send: Any, _: int) -> None:
-        limited(self, scope, receive, send, sys.maxsize)
+    def unlimited(self: Any, scope: Any, receive: Any, send: Any, _: int, timeout: float) -> None:
+        limited(self, scope, receive, send, sys.maxsize, timeout)
 
     guard._LimitedBody.__init__ = unlimited  # type: ignore[method-assign]
 
@@ -225,6 +311,13 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
     "route-policy": route_policy,
     "one-meaning-paths": one_meaning_paths,
     "idempotency-keys": idempotency_keys,
+    "exactly-once": exactly_once,
+    "callers-own": callers_own,
+    "one-end": one_end,
+    "request-deadline": request_deadline,
+    "no-session-tickets": no_session_tickets,
+    "escaping": escaping,
+    "no-framing": no_framing,
     "form-origin": form_origin,
     "own-host-name": own_host_name,
     "body-limit": body_limit,

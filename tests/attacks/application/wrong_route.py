@@ -20,5 +20,5 @@ ATTACK = Attack(
     rightful=rightful_status,
     attempt=attempt,
     first=Layer("route-policy", "route_not_allowed", {"event": "request", "method": "DELETE"}),
-    second=Layer("served-routes", "method_not_allowed", None),
+    second=Layer("served-routes", "method_not_allowed", {"event": "application", "status": 405}),
 )

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import uuid
 from collections.abc import AsyncIterator
-from typing import Any
 
+from tests.attacks.deeds import place_order
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
     """The same order, where payments is payments."""
-    return await lab.attack(lab.target("orders"), await _order(lab), svid=lab.svid("frontend"))
+    return await place_order(lab, lab.target("orders"))
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
     """An order through an `orders` whose way to payments ends at the impostor."""
-    return await lab.attack(target, await _order(lab), svid=lab.svid("frontend"))
-
-
-async def _order(lab: Lab) -> dict[str, Any]:
-    answer = await lab.attack(lab.target("orders"), {"path": "/products"}, svid=lab.svid("frontend"))
-    sku = json.loads(answer.body)["products"][0]["sku"]
-    return {
-        "method": "POST",
-        "path": "/orders",
-        "headers": [("Content-Type", "application/json"), ("Idempotency-Key", uuid.uuid4().hex)],
-        "body": json.dumps({"items": [{"sku": sku, "quantity": 1}]}),
-    }
+    return await place_order(lab, target)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -10,6 +13,7 @@ from .asgi import ASGIApp, Message, Receive, Scope, Send, send_refusal
 from .audit import AuditLog
 from .authz import NotAuthorized, Policy, PolicyFile, authorize_request
 from .identity import NoPeer, RequestIdentity, request_identity, set_request_identity
+from .problems import MEDIA_TYPE
 from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
 from .tls import Connection
@@ -19,14 +23,19 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 1 << 20
 """Bytes that a request's body may have, unless said otherwise."""
 
+REQUEST_TIMEOUT = 30.0
+"""Seconds in which a request must have arrived whole, unless said otherwise."""
+
 
 class Guard:
     """ASGI middleware around a whole application; `server.serve` puts it there.
 
     Per request: the connection's peer is verified again if the identity source changed or a certificate
     on the path ran out, the path must have one meaning only, a rule of the policy must allow caller,
-    method and path, and the body must not be too large. Every answer, yes or no, is an audit line. There
-    is no way around it: without a verified connection the request is refused.
+    method and path, the request must have one end only (RFC 9112 section 6.3), and its body must not be too
+    large or too slow to come. Every answer, yes or no, is an audit line; so is what the application then
+    refuses (4xx), and an answer that it repeats for an Idempotency-Key. There is no way around it: without a
+    verified connection the request is refused.
     """
 
     def __init__(
@@ -37,10 +46,12 @@ class Guard:
         policy: Policy | PolicyFile,
         audit: AuditLog,
         max_body: int = MAX_BODY,
+        request_timeout: float = REQUEST_TIMEOUT,
         draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._max_body = max_body
+        self._request_timeout = request_timeout
         self._source = source
         self._policy = policy
         self._audit = audit
@@ -58,24 +69,50 @@ class Guard:
         try:
             connection = request_identity(scope).connection
             rule = self.check(connection, scope)
+            refuse_two_ends(scope)
         except Refusal as refusal:
             await self._deny(scope, send, connection, method, refusal)
             return
         if connection.outlived(datetime.now(UTC)):
             send = _with_close(send)
-        body = _LimitedBody(scope, receive, send, self._max_body)
-        if not body.exceeded:
+        body = _LimitedBody(scope, receive, send, self._max_body, self._request_timeout)
+        if not body.fault:
             set_request_identity(scope, RequestIdentity(connection, rule))
             self._audit.record("request", "allow", hop=connection.view(rule), method=method, path=path)
             try:
                 await self._app(scope, body.receive, body.send)
             except Exception:
-                if not body.exceeded:
+                if not body.fault:
                     raise
-        if body.exceeded and not body.answered:
+            self._tell(connection, rule, method, path, body.answer)
+        if body.fault and not body.answer.begun:
             await body.discard()
-            too_large = Refusal(Reason.TOO_LARGE, f"the body may have {self._max_body} bytes")
-            await self._deny(scope, send, connection, method, too_large)
+            await self._deny(scope, send, connection, method, body.fault)
+
+    def _tell(
+        self, connection: Connection, rule: str, method: str, path: str, answer: ApplicationAnswer
+    ) -> None:
+        """What the application made of a request that it was given, where that is worth a line."""
+        if 400 <= answer.status < 500:
+            self._audit.record(
+                "application",
+                "deny",
+                reason=answer.reason,
+                hop=connection.view(rule),
+                method=method,
+                path=path,
+                status=answer.status,
+            )
+        elif answer.replayed:
+            self._audit.record(
+                "application",
+                "allow",
+                hop=connection.view(rule),
+                method=method,
+                path=path,
+                status=answer.status,
+                replayed=True,
+            )
 
     @property
     def policy(self) -> Policy:
@@ -125,31 +162,105 @@ def _method(scope: Scope) -> str:
     return str(scope["method"]) if scope["type"] == "http" else "WEBSOCKET"
 
 
-class _LimitedBody:
-    """Counts the body as it arrives. Past the limit the application sees a client that hung up."""
+def refuse_two_ends(scope: Scope) -> None:
+    """Raise a `Refusal` for a request that says in two ways where its body ends.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        self.answered = False
+    Who reads one header takes for the next request what is a body to who reads the other: RFC 9112 section
+    6.3 has a server refuse it.
+    """
+    lengths = {value for name, value in scope.get("headers", ()) if name == b"content-length"}
+    chunked = any(name == b"transfer-encoding" for name, _ in scope.get("headers", ()))
+    if len(lengths) + chunked > 1:
+        raise Refusal(Reason.MALFORMED_REQUEST, "the request says in two ways where its body ends")
+
+
+class ApplicationAnswer:
+    """What the application answers, read as it passes: its status, and why it refuses."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.status = 0
+        self.replayed = False
+        self.reason = Reason.HTTP_ERROR
+        self._problem = False
+
+    def see(self, message: Message) -> None:
+        """Take in a message to the client."""
+        if message["type"] == "http.response.start":
+            self.begun, self.status = True, message["status"]
+            headers = {name.lower(): value for name, value in message.get("headers", ())}
+            self.replayed = headers.get(b"idempotency-replayed") == b"true"
+            self.reason = _USUAL_REASONS.get(self.status, Reason.HTTP_ERROR)
+            self._problem = headers.get(b"content-type", b"").startswith(MEDIA_TYPE.encode())
+        elif self._problem and message["type"] == "http.response.body":
+            self._problem = False
+            self.reason = _reason_in(message.get("body", b"")) or self.reason
+
+
+_USUAL_REASONS = {
+    404: Reason.NOT_FOUND,
+    405: Reason.METHOD_NOT_ALLOWED,
+    408: Reason.REQUEST_TIMEOUT,
+    409: Reason.CONFLICT,
+    413: Reason.TOO_LARGE,
+    422: Reason.INVALID_REQUEST,
+}
+
+
+def _reason_in(problem: bytes) -> Reason | None:
+    """The reason code of a problem document, when it is one of ours."""
+    try:
+        return Reason(json.loads(problem)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class _LimitedBody:
+    """Counts the body and the time. Past a limit the application sees a client that hung up."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, timeout: float) -> None:
+        self.answer = ApplicationAnswer()
+        self.fault: Refusal | None = None
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
         self._receive = receive
         self._send = send
         self._limit = limit
         self._received = 0
         self._more = True
         declared = (value for name, value in scope.get("headers", ()) if name == b"content-length")
-        self.exceeded = any(value.isdigit() and int(value) > limit for value in declared)
+        if any(value.isdigit() and int(value) > limit for value in declared):
+            self._exceeded()
+        self._timed = scope["type"] == "http"
 
     async def receive(self) -> Message:
-        if self.exceeded:
+        if self.fault:
             return {"type": "http.disconnect"}
-        message = await self._receive()
+        message = await self._next()
         self._count(message)
-        return {"type": "http.disconnect"} if self.exceeded else message
+        return {"type": "http.disconnect"} if self.fault else message
 
     async def send(self, message: Message) -> None:
-        if self.exceeded and not self.answered:
+        if self.fault and not self.answer.begun:
             return  # whatever the application made of it, the answer is ours
-        self.answered = self.answered or message["type"] == "http.response.start"
+        self.answer.see(message)
         await self._send(message)
+
+    async def _next(self) -> Message:
+        if not (self._timed and self._more):  # all has come: who waits now, waits for the client to go
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await self._receive()
+        except TimeoutError:
+            self.fault = Refusal(
+                Reason.REQUEST_TIMEOUT, f"the request did not come whole within {self._timeout:g} s"
+            )
+            self._more = False
+            return {"type": "http.disconnect"}
+
+    def _exceeded(self) -> None:
+        self.fault = Refusal(Reason.TOO_LARGE, f"the body may have {self._limit} bytes")
 
     async def discard(self) -> None:
         """Read on for a while: an answer sent while the client still sends would be lost in a reset."""
@@ -160,7 +271,8 @@ class _LimitedBody:
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._more = message.get("more_body", False)
-            self.exceeded = self.exceeded or self._received > self._limit
+            if self._received > self._limit and not self.fault:
+                self._exceeded()
         elif message["type"] == "http.disconnect":
             self._more = False
 
@@ -176,6 +288,10 @@ async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
         status, title = 503, "This service has no identity at the moment"
     elif refusal.reason is Reason.TOO_LARGE:
         status, title = 413, "The request is too large"
+    elif refusal.reason is Reason.REQUEST_TIMEOUT:
+        status, title = 408, "The request took too long to come"
+    elif refusal.reason is Reason.MALFORMED_REQUEST:
+        status, title = 400, "The request is malformed"
     else:
         status, title = 401, "Your identity is no longer accepted on this connection"
     await send_refusal(scope, send, refusal, status, title, headers)

@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 
 from .asgi import ASGIApp, Message, Receive, Scope, Send
 from .audit import AuditLog
-from .guard import Guard
+from .guard import REQUEST_TIMEOUT, Guard
 from .identity import RequestIdentity, set_request_identity
-from .reasons import Refusal
+from .reasons import Reason, Refusal, printable
 from .source import NoIdentity, Source
 from .svid import X509Context
 from .tls import Connection
@@ -55,17 +55,19 @@ class LiveLimits:
     acceptable, and not more than `per_second` connections are closed in a second, so that thousands of
     peers don't come back at once. A request that began less than `grace` seconds ago is let finish.
     A connection without a request for `idle` seconds is closed, whoever the peer is, as is one whose peer
-    sends no more of a body, or takes no more of an answer, for that long.
+    sends no more of a body, or takes no more of an answer, for that long. A request has `request` seconds to
+    arrive: its headers from their first byte, its body from the end of the headers.
     """
 
     splay: float = 3.0
     per_second: float = 500.0
     grace: float = 10.0
     idle: float = 75.0
+    request: float = REQUEST_TIMEOUT
 
     def __post_init__(self) -> None:
-        if min(self.splay, self.grace) < 0 or min(self.per_second, self.idle) <= 0:
-            raise ValueError("splay and grace must be 0 or more, per_second and idle more than 0")
+        if min(self.splay, self.grace) < 0 or min(self.per_second, self.idle, self.request) <= 0:
+            raise ValueError("splay and grace must be 0 or more, per_second, idle and request more than 0")
 
 
 @dataclass(eq=False, slots=True)
@@ -110,6 +112,7 @@ class LiveConnection:
         self.transport = transport
         self.in_flight: set[_InFlight] = set()
         self.idle_since = time.monotonic()
+        self.head_since: float | None = None
         self.refusal: Refusal | None = None
         self.closing = False
         self._app = app
@@ -118,6 +121,7 @@ class LiveConnection:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         set_request_identity(scope, self._identity)
+        self.head_since = None
         request = _InFlight(scope, send)
         self.in_flight.add(request)
 
@@ -142,6 +146,11 @@ class LiveConnection:
         finally:
             self.in_flight.discard(request)
             self.idle_since = time.monotonic()
+
+    def received(self) -> None:
+        """Bytes have come. Between requests they begin the next one."""
+        if self.head_since is None and not self.in_flight:
+            self.head_since = time.monotonic()
 
     def waited(self) -> float:
         """Seconds that nothing has come from the peer that we wait for: a request, a body, room to send."""
@@ -246,6 +255,8 @@ class LiveConnections:
         connection, now = live.connection, datetime.now(UTC)
         if live.waited() > self._limits.idle:
             self._close(live)
+        elif live.head_since and time.monotonic() - live.head_since > self._limits.request:
+            self._end_slow_request(live)
         elif connection is None:
             pass  # the guard refuses whatever is asked on it
         elif connection.outlived(now):
@@ -279,6 +290,20 @@ class LiveConnections:
         if isinstance(found, PeerRefused):
             raise PeerRefused(found.reason, found.detail)
         return found
+
+    def _end_slow_request(self, live: LiveConnection) -> None:
+        if live.connection is not None:
+            detail = f"the request's headers did not come whole within {self._limits.request:g} s"
+            self._record(live, Refusal(Reason.REQUEST_TIMEOUT, detail))
+        self._close(live)
+
+    def malformed(self, transport: asyncio.Transport, message: str) -> None:
+        """What came is no HTTP request, as the parser says in `message`; it is answered with 400."""
+        live = self._all.get(transport)
+        view = live.connection.view() if live and live.connection else None
+        self._audit.record(
+            "request", "deny", reason=Reason.MALFORMED_REQUEST, hop=view, detail=printable(message)
+        )
 
     def _record(self, live: LiveConnection, refusal: Refusal) -> None:
         assert live.connection is not None

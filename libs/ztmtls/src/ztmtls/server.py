@@ -24,7 +24,7 @@ from .authz import Authorizer, Policy, PolicyFile
 from .guard import MAX_BODY, Guard
 from .lifecycle import beside
 from .listen import PortInUse, bind, serve_until_stopped
-from .live import LiveConnections, LiveLimits
+from .live import LiveConnection, LiveConnections, LiveLimits
 from .probes import Probes
 from .reasons import Refusal
 from .source import Source
@@ -89,6 +89,7 @@ async def serve(
         policy=policy,
         audit=audit,
         max_body=max_body,
+        request_timeout=live_limits.request,
         draining=lambda: probes is not None and probes.draining,
     )
     context = server_context(source, authorizer=allowed_peers, audit=audit)
@@ -199,13 +200,22 @@ def _watched(base: Any, live: LiveConnections) -> Any:
 
     class Watched(base):  # type: ignore[misc]
         app: ASGIApp
+        watched: LiveConnection
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             connection = None
             with contextlib.suppress(PeerRefused):  # the guard then refuses every request
                 connection = connection_of(transport.get_extra_info("ssl_object"))
-            self.app = live.opened(self.app, connection, transport)
+            self.app = self.watched = live.opened(self.app, connection, transport)
+
+        def data_received(self, data: bytes) -> None:
+            self.watched.received()
+            super().data_received(data)
+
+        def send_400_response(self, msg: str) -> None:
+            live.malformed(self.transport, msg)
+            super().send_400_response(msg)
 
         def connection_lost(self, exc: Exception | None) -> None:
             live.closed(self.transport)

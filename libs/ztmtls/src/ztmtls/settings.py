@@ -88,11 +88,19 @@ class CalleeSettings(ServiceSettings):
         500, description="not more of them than this in a second"
     )
 
+    request_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30, description="refuse a request that has not come whole within this long"
+    )
+
     def live_limits(self) -> LiveLimits:
-        """How open connections are closed."""
+        """How long requests may take to come, and how open connections are closed."""
         from .live import LiveLimits
 
-        return LiveLimits(splay=self.close_splay_seconds, per_second=self.close_per_second)
+        return LiveLimits(
+            splay=self.close_splay_seconds,
+            per_second=self.close_per_second,
+            request=self.request_timeout_seconds,
+        )
 
 
 class DatabaseSettings(BaseSettings):

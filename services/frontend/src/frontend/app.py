@@ -110,6 +110,10 @@ def create_app(
         """Take an order from the form."""
         form = OrderForm.read(await csrf.take(request, audit))
         if not form.valid:
+            detail = form.fault or f"{len(form.errors)} quantities are no numbers"
+            audit.record(
+                "form", "deny", reason=Reason.INVALID_REQUEST, detail=detail, method="POST", path="/orders"
+            )
             return await order_page(request, form, 422)
         try:
             answer = await orders.place(form.items, form.key)

@@ -83,6 +83,10 @@ _GUIDANCE: dict[str, Guidance] = {
         "The frontend answers only to the host names in ALLOWED_HOSTS.",
         "Use one of those names, or add this one to the setting.",
     ),
+    Reason.FRAMING_REFUSED: Guidance(
+        "These pages are not shown inside other pages: what one presses there may not be what one sees.",
+        "Open the address by itself.",
+    ),
     Reason.TOO_MANY_STREAMS: Guidance(
         "Each page that shows things live holds a stream open, and their number is bounded.",
         "Close a page that shows things live, and reload this one.",

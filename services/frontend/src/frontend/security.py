@@ -55,11 +55,15 @@ READ_HEADERS = frozenset(
         b"cookie",
         b"host",
         b"origin",
+        b"sec-fetch-dest",
         b"sec-fetch-site",
     )
 )
 """All that the frontend reads of a browser's headers. The rest is dropped before any code sees it:
 ``X-Forwarded-*``, ``X-Forwarded-Client-Cert``, ``X-Spiffe-Id`` and whatever else claims an identity."""
+
+FRAMES = frozenset(("iframe", "frame", "embed", "object", "fencedframe"))
+"""What a browser says in ``Sec-Fetch-Dest`` when a page is to be shown inside another (Fetch Metadata)."""
 
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
@@ -111,6 +115,8 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or host_name(hosts[0]) not in self._hosts:
             return 421, Refusal(Reason.HOST_NOT_ALLOWED, "This service has another name.")
+        if FRAMES.intersection(headers.getlist("sec-fetch-dest")):
+            return 403, Refusal(Reason.FRAMING_REFUSED, "These pages are not shown inside other pages.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._max_body:
             return 413, self._too_large()

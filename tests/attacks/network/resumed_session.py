@@ -1,0 +1,26 @@
+"""A TLS session that is taken up again after its SVID has run out."""
+
+from __future__ import annotations
+
+from tests.attacks.deeds import STATUS, charge, rightful_charge
+from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+
+
+async def attempt(lab: Lab, target: Target) -> Answer:
+    """Two connections: the second one offers the session of the first instead of a certificate that holds."""
+    svid = lab.svid("orders", ttl=2.0)
+    late = charge() | {"not_before": svid.not_after.timestamp() + 0.05, "resume": True}
+    return await lab.attack(target, STATUS, late, svid=svid)
+
+
+ATTACK = Attack(
+    id="resumed-session",
+    title="Resumed TLS session",
+    story="The attacker had orders' SVID for two seconds, kept the TLS session, and takes it up again later: "
+    "no certificate is looked at then.",
+    target="payments",
+    rightful=rightful_charge,
+    attempt=attempt,
+    first=Layer("no-session-tickets", "expired", {"event": "handshake"}),
+    second=Layer("no-resumption", "session_resumed", {"event": "handshake"}),
+)
