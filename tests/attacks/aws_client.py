@@ -1,7 +1,8 @@
 """An attacker with a web-identity token: takes a role with it, and reads a secret.
 
-One errand as JSON on standard input: `endpoint`, `region`, `token`, `role`, `secret` (None: the role is all
-that it wants). One answer on standard output: the code and message of what AWS refused.
+One errand as JSON on standard input: `endpoint`, `region`, `token`, `role`, `secret`, and `keys` (access key
+and secret, to be used without any role) or null. One answer on standard output: the code and message of what
+AWS refused.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ def main() -> None:
 def carry_out(errand: dict[str, Any]) -> None:
     make: Any = botocore.session.Session().create_client
     place = {"region_name": errand["region"], "endpoint_url": errand["endpoint"]}
-    sts = make("sts", config=Config(signature_version=UNSIGNED, proxies={}), **place)
-    credentials = sts.assume_role_with_web_identity(
-        RoleArn=errand["role"], RoleSessionName="attacker", WebIdentityToken=errand["token"]
-    )["Credentials"]
-    if errand["secret"] is not None:
-        secrets = make(
-            "secretsmanager",
-            config=Config(proxies={}),
-            aws_access_key_id=credentials["AccessKeyId"],
-            aws_secret_access_key=credentials["SecretAccessKey"],
-            aws_session_token=credentials["SessionToken"],
-            **place,
-        )
-        secrets.get_secret_value(SecretId=errand["secret"])
+    credentials = errand["keys"]
+    if credentials is None:
+        sts = make("sts", config=Config(signature_version=UNSIGNED, proxies={}), **place)
+        credentials = sts.assume_role_with_web_identity(
+            RoleArn=errand["role"], RoleSessionName="attacker", WebIdentityToken=errand["token"]
+        )["Credentials"]
+    secrets = make(
+        "secretsmanager",
+        config=Config(proxies={}),
+        aws_access_key_id=credentials["AccessKeyId"],
+        aws_secret_access_key=credentials["SecretAccessKey"],
+        aws_session_token=credentials.get("SessionToken"),
+        **place,
+    )
+    secrets.get_secret_value(SecretId=errand["secret"])
 
 
 if __name__ == "__main__":

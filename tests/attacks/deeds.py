@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import uuid
 from collections.abc import Mapping
@@ -90,17 +91,49 @@ async def order_request(lab: Lab) -> dict[str, Any]:
     }
 
 
-async def read_secret(lab: Lab, account: str, secret: str, token: str | None = None) -> Answer:
-    """Take the role of `account` with `token` (by default its own) and read `secret`."""
+#: The stand-in's line of a refused attempt to take a role.
+TAKE_ROLE: Mapping[str, Any] = {"event": "cloud", "action": "AssumeRoleWithWebIdentity"}
+
+
+async def read_secret(
+    lab: Lab,
+    target: Target,
+    account: str,
+    secret: str,
+    token: str | None = None,
+    keys: Mapping[str, str] | None = None,
+) -> Answer:
+    """Take the role of `account` with `token` (by default its own) and read `secret`; with `keys`, a pair of
+    access key and secret, without any role."""
     cloud = lab.stack.cloud
     errand = {
-        "endpoint": cloud.endpoint_url,
+        "endpoint": f"http://127.0.0.1:{target.port}",
         "region": cloud.region,
         "role": cloud.role_arn(account),
         "token": token or lab.stack.issuer.token("zt-demo", account),
+        "keys": keys,
         "secret": secret,
     }
     return await lab.attacker("aws_client.py", errand)
+
+
+async def read_own_secret(lab: Lab, target: Target) -> Answer:
+    """Orders takes its role, and reads its secret."""
+    return await read_secret(lab, target, "orders", "zt-demo/orders/db")
+
+
+def claims(lab: Lab, **changes: Any) -> dict[str, Any]:
+    """What the token of orders' service account says, with `changes`."""
+    token = lab.stack.issuer.token("zt-demo", "orders")
+    payload = token.split(".")[1]
+    said: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    return said | changes
+
+
+def key_id(lab: Lab) -> str:
+    """The ID of the issuer's key, as tokens name it."""
+    header = lab.stack.issuer.token("zt-demo", "orders").split(".")[0]
+    return str(json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["kid"])
 
 
 async def query(

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -24,10 +25,11 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.attacks.controls import ROOT
+from ztdev.aws.cloud import DatabaseAddress, LocalCloud
 from ztdev.logfile import LogFile
 from ztdev.logview import is_audit, parse_line
 from ztdev.managed import ManagedProcess, ProcessSpec
-from ztdev.options import spiffe_id
+from ztdev.options import DATABASE_SERVICES, spiffe_id
 from ztdev.ports import choose_free_ports
 from ztdev.stack import Stack
 from ztmtls.svid import X509Svid
@@ -161,7 +163,7 @@ class Lab:
         self.stack = stack
 
     def target(self, name: str) -> Target:
-        """A service of the stack, `identity` (the Workload API), `postgres`, or `cloud` (writes no line)."""
+        """A service of the stack, `identity` (the Workload API), `postgres`, or `cloud`."""
         stack = self.stack
         if name == "identity":
             log = stack.state.logs / "identity.log"
@@ -169,7 +171,8 @@ class Lab:
         if name == "postgres":
             return Target(name, stack.ports.postgres, self._fatal_lines, tells_reason=False)
         if name == "cloud":
-            return Target(name, stack.ports.cloud, list)
+            log = stack.state.logs / "cloud.log"
+            return Target(name, stack.ports.cloud, lambda: _json_lines(log.read_text().splitlines()))
         port = stack.ports.page if name == "frontend" else getattr(stack.ports, name)
         return _service(name, port, stack.process(name).log)
 
@@ -273,6 +276,28 @@ class Lab:
             yield _service(name, port, process.log)
 
     @contextlib.asynccontextmanager
+    async def weak_cloud(self, control: str) -> AsyncIterator[Target]:
+        """A second stand-in for AWS, with the same roles and issuer, in which only `control` is left out (see
+        `tests.attacks.weak_cloud`)."""
+        (port,) = choose_free_ports(1)
+        log = self.stack.state.logs / f"cloud-without-{control}.log"
+        with tempfile.TemporaryDirectory(prefix="zt-cloud-") as folder:
+            cloud = _WeakCloud(
+                Path(folder),
+                control=control,
+                port=port,
+                issuer=self.stack.issuer,
+                log_file=log,
+                databases={
+                    service: DatabaseAddress("127.0.0.1", self.stack.ports.postgres)
+                    for service in DATABASE_SERVICES
+                },
+                environment_dir=self.stack.options.tools_dir / "aws-env",
+            )
+            async with cloud:
+                yield Target("cloud", port, lambda: _json_lines(log.read_text().splitlines()))
+
+    @contextlib.asynccontextmanager
     async def _running(self, spec: ProcessSpec, workload: str) -> AsyncIterator[ManagedProcess]:
         registrations = self.stack.workload_api.workloads[workload]
         process = ManagedProcess(
@@ -290,6 +315,16 @@ class Lab:
             await process.stop()
             if pid:
                 await registrations.disallow(pid=pid)
+
+
+class _WeakCloud(LocalCloud):
+    def __init__(self, state_dir: Path, *, control: str, **more: Any) -> None:
+        super().__init__(state_dir, **more)
+        self._control = control
+
+    def _program(self) -> tuple[str, ...]:
+        *_, gate = super()._program()
+        return "-I", "-B", str(HERE / "weak_cloud.py"), self._control, gate
 
 
 Report = Callable[[Step, Proof], None]

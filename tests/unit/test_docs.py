@@ -207,10 +207,11 @@ async def test_every_field_of_an_audit_line_is_explained() -> None:
     async with calling_as(FastAPI(), CALLER, policy, audit=AuditLog("callee", lines)) as client:
         await client.get("/")
         await client.get("/other")
-    allowed, denied = (set(json.loads(line)) for line in lines.getvalue().splitlines())
+    allowed, missing, denied = (set(json.loads(line)) for line in lines.getvalue().splitlines())
     assert "rule" in allowed
+    assert "status" in missing  # the application has no such page
     assert "detail" in denied
-    assert allowed | denied <= set(first_column("Audit lines"))
+    assert allowed | missing | denied <= set(first_column("Audit lines"))
 
 
 def test_every_setting_is_explained_with_its_default() -> None:

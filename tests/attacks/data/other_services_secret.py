@@ -13,11 +13,11 @@ ROLE, POLICY = "zt-demo-orders", "read-own-database-secret"
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
-    return await read_secret(lab, "orders", "zt-demo/orders/db")
+    return await read_secret(lab, target, "orders", "zt-demo/orders/db")
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    return await read_secret(lab, "orders", "zt-demo/payments/db")
+    return await read_secret(lab, target, "orders", "zt-demo/payments/db")
 
 
 @contextlib.asynccontextmanager
@@ -42,6 +42,11 @@ ATTACK = Attack(
     rightful=rightful,
     attempt=attempt,
     without=without,
-    first=Layer("secret-role", "AccessDeniedException", None),
-    second=Layer("secret-key", "AccessDeniedException", None, told="Access to KMS is not allowed"),
+    first=Layer("secret-role", "AccessDeniedException", {"event": "cloud", "action": "GetSecretValue"}),
+    second=Layer(
+        "secret-key",
+        "AccessDeniedException",
+        {"event": "cloud", "action": "GetSecretValue", "detail": "Access to KMS is not allowed"},
+        told="Access to KMS is not allowed",
+    ),
 )

@@ -6,19 +6,19 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 
-from tests.attacks.deeds import read_secret
+from tests.attacks.deeds import TAKE_ROLE, read_secret
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
 ROLE = "zt-demo-orders"
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
-    return await read_secret(lab, "orders", "zt-demo/orders/db")
+    return await read_secret(lab, target, "orders", "zt-demo/orders/db")
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
     token = lab.stack.issuer.token("zt-demo", "rogue")
-    return await read_secret(lab, "orders", "zt-demo/orders/db", token=token)
+    return await read_secret(lab, target, "orders", "zt-demo/orders/db", token=token)
 
 
 @contextlib.asynccontextmanager
@@ -44,5 +44,5 @@ ATTACK = Attack(
     rightful=rightful,
     attempt=attempt,
     without=without,
-    first=Layer("role-trust", "AccessDenied", None),
+    first=Layer("role-trust", "AccessDenied", TAKE_ROLE),
 )

@@ -245,11 +245,7 @@ class LocalCloud:
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 python,
-                "-I",
-                "-B",
-                "-c",
-                _LAUNCH,
-                str(Path(__file__).parent),
+                *self._program(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -283,6 +279,9 @@ class LocalCloud:
                 "End what uses it, or choose another port."
             )
         raise NotReady(self._story(f"ended with status {process.returncode} while it started"))
+
+    def _program(self) -> tuple[str, ...]:
+        return "-I", "-B", "-c", _LAUNCH, str(Path(__file__).parent)
 
     def _configuration(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 import yaml
 
+from .audit import AuditLog
 from .ids import InvalidSpiffeId, SpiffeId, TrustDomain
 from .reasons import Reason, Refusal, printable
 
@@ -438,14 +439,15 @@ class PolicyFile:
 
     Reading it for the first time raises `PolicyError` when it is wrong: a service does not start on a
     broken policy. Later a broken or vanished file never replaces the good one and never opens anything:
-    `current` stays what it was, `last_error` says why, and one log line is written. `version` counts the
-    policies that were in force, from 1.
+    `current` stays what it was, `last_error` says why, and a line is written to the log and to `audit` (event
+    `policy`). `version` counts the policies that were in force, from 1.
 
     `server.serve` calls `reload_if_changed` every second; elsewhere the program does.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, audit: AuditLog | None = None) -> None:
         self.path = Path(path)
+        self._audit = audit
         self.last_error: PolicyError | None = None
         self.version = 1
         self._seen = self._stamp()
@@ -467,10 +469,14 @@ class PolicyFile:
         except PolicyError as error:
             self.last_error = error
             logger.error("policy not reloaded, the last good one stays in force: %s", error.detail)
+            if self._audit is not None:
+                self._audit.record("policy", "deny", reason=error.reason, detail=printable(error.detail))
             return False
         self.last_error = None
         self.version += 1
         logger.info("policy reloaded from %s: %d rules", self.path, len(self._current.rules))
+        if self._audit is not None:
+            self._audit.record("policy", "allow", detail=f"{len(self._current.rules)} rules from {self.path}")
         return True
 
     def _stamp(self) -> tuple[int, int, int] | None:

@@ -42,6 +42,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
+from .audit import AuditLog
 from .reasons import NoDatabase, Reason, Refusal, printable
 
 __all__ = [
@@ -126,15 +127,19 @@ def create_engine(
     application_name: str = "ztmtls",
     patience: float = PATIENCE,
     max_age: float = MAX_AGE,
+    audit: AuditLog | None = None,
     **engine_options: Any,
 ) -> AsyncEngine:
     """An engine for `target` that logs in with what `secret` says at the time.
+
+    A login that the database refuses, and a server that does not prove that it is the database, are lines of
+    `audit` (event `database`).
 
     `engine_options` go to `sqlalchemy.ext.asyncio.create_async_engine`, except those by which a connection
     could be made in another way.
     """
     _refuse_other_ways(engine_options)
-    connector = _Connector(secret, target, application_name, patience)
+    connector = _Connector(secret, target, application_name, patience, audit)
     options: dict[str, Any] = {
         "pool_size": 5,
         "max_overflow": 5,
@@ -154,6 +159,7 @@ def sync_engine(
     *,
     application_name: str = "ztmtls",
     patience: float = PATIENCE,
+    audit: AuditLog | None = None,
     **engine_options: Any,
 ) -> Engine:
     """The twin for code that does not await, such as migrations. It keeps no connection open after its use.
@@ -161,7 +167,7 @@ def sync_engine(
     The secret is asked in an event loop of its own, in a thread of its own, so this works in a coroutine too.
     """
     _refuse_other_ways(engine_options)
-    connector = _Connector(secret, target, application_name, patience)
+    connector = _Connector(secret, target, application_name, patience, audit)
     options: dict[str, Any] = {"poolclass": NullPool, "hide_parameters": True}
     engine = sqlalchemy.create_engine(_URL, creator=connector.connect_sync, **{**options, **engine_options})
     _follow(connector, engine)
@@ -275,6 +281,7 @@ class _Connector:
         target: DatabaseTarget,
         application_name: str,
         patience: float,
+        audit: AuditLog | None = None,
         *,
         pace: float = PACE,
     ) -> None:
@@ -282,6 +289,7 @@ class _Connector:
         self.target = target
         self._application_name = application_name
         self._patience = patience
+        self._audit = audit
         self._pace = pace
         self._refused_version: str | None = None
         self._last_try = float("-inf")
@@ -364,7 +372,7 @@ class _Connector:
         try:
             opened = await _OpenedAsync.connect(**self.parameters(version))
         except psycopg.Error as error:
-            failure = self.explain(error, version)
+            failure = self._refused(error, version)
         else:
             opened.secret_id, opened.secret_version = self.secret.secret_id, version.version_id
             return opened
@@ -374,7 +382,7 @@ class _Connector:
         try:
             opened = _Opened.connect(**self.parameters(version))
         except psycopg.Error as error:
-            failure = self.explain(error, version)
+            failure = self._refused(error, version)
         else:
             opened.secret_id, opened.secret_version = self.secret.secret_id, version.version_id
             return opened
@@ -415,6 +423,12 @@ class _Connector:
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
         }
+
+    def _refused(self, error: psycopg.Error, version: SecretVersion) -> NoDatabase:
+        failure = self.explain(error, version)
+        if self._audit is not None and failure.reason is not Reason.DATABASE_UNAVAILABLE:
+            self._audit.record("database", "deny", reason=failure.reason, detail=failure.detail)
+        return failure
 
     def explain(self, error: psycopg.Error, version: SecretVersion) -> NoDatabase:
         """The failure as a refusal that says what to look at."""

@@ -27,10 +27,10 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM. What is late is waited for, with readiness red and saying why."""
     logs.setup(SERVICE, settings.log_level)
     audit = AuditLog(SERVICE)
-    policy = PolicyFile(settings.policy_file)
+    policy = PolicyFile(settings.policy_file, audit)
     source = X509Source(settings.spiffe_endpoint_socket, expected_id=settings.spiffe_id)
     secret = settings.database_secret(audit)
-    engine = create_engine(secret, settings.database_target(), application_name=SERVICE)
+    engine = create_engine(secret, settings.database_target(), application_name=SERVICE, audit=audit)
     database = Database(engine)
     health = DatabaseHealth(database, MIGRATIONS)
     ledger = Ledger(database, settings.charge_limit)

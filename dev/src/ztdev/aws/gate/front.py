@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
+from . import audit
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -193,11 +195,12 @@ class FrontDoor:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        body: bytes | None = b""
         try:
             body = await _read(receive)
             if body is None:
                 return
-            admit(
+            action = admit(
                 scope["method"],
                 scope.get("raw_path") or b"",
                 scope["query_string"],
@@ -206,9 +209,33 @@ class FrontDoor:
                 self._hosts,
             )
         except NotServed as refusal:
+            audit.deny(refusal.code, refusal.message, **audit.asked("", _fields(scope), b""))
             await _refuse(send, refusal, dict(scope["headers"]))
             return
-        await self._emulator(scope, _replay(body, receive), send)
+        await self._emulator(scope, _replay(body, receive), _audited(scope, action, body, send))
+
+
+def _fields(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _audited(scope: Scope, action: str, body: bytes, send: Send) -> Send:
+    """Passes the emulator's answer on, and writes down a denial."""
+    refused, parts = False, list[bytes]()
+
+    async def sending(message: Message) -> None:
+        nonlocal refused
+        if message["type"] == "http.response.start":
+            refused = 400 <= message["status"] < 500
+        elif refused:
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                code, detail = audit.error_in(b"".join(parts))
+                if code in audit.DENIALS:
+                    audit.deny(code, detail, **audit.asked(action, _fields(scope), body))
+        await send(message)
+
+    return sending
 
 
 async def _answer_lifespan(receive: Receive, send: Send) -> None:
