@@ -43,9 +43,9 @@ def carry_out(errand: dict[str, Any]) -> dict[str, Any]:
             time.sleep(max(0.0, request.get("not_before", 0) - time.time()))
             if request.get("resume"):
                 assert isinstance(connection, ssl.SSLSocket)
-                session = connection.session
-                connection.close()
-                connection = _connect(errand["port"], context, session)
+                # OpenSSL forgets the session of a connection that is freed without a goodbye.
+                left_open = connection
+                connection = _connect(errand["port"], context, left_open.session)
             head, body = _bytes(request)
             connection.sendall(head)
             time.sleep(request.get("pause", 0))

@@ -61,13 +61,15 @@ class Answer:
 class Target:
     """Whom an attack is made on: its port on 127.0.0.1, and the decisions that it has written down.
 
-    `tells_reason` says whether its lines hold the reason code; the Workload API's hold a sentence.
+    `tells_reason` says whether its lines hold the reason code; the Workload API's hold a sentence. `file` is
+    one that the attacker can write, where the attack is about that.
     """
 
     name: str
     port: int
     lines: Callable[[], list[Line]]
     tells_reason: bool = True
+    file: Path | None = None
 
     async def find(self, after: int, timeout: float = 10.0, **fields: Any) -> Line:
         """The first line from number `after` on that has `fields`. `TimeoutError` tells what came instead."""
@@ -226,12 +228,12 @@ class Lab:
         return answer_of(json.loads(output))
 
     @contextlib.asynccontextmanager
-    async def impostor(self, svid: X509Svid) -> AsyncIterator[str]:
-        """An attacker's server that presents `svid` and answers as payments would; gives its address."""
+    async def impostor(self, svid: X509Svid, program: str = "impostor.py") -> AsyncIterator[int]:
+        """An attacker's server that presents `svid`; gives its port."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
-            str(HERE / "impostor.py"),
+            str(HERE / program),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -241,18 +243,22 @@ class Lab:
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(_pem(svid)).encode() + b"\n")
-            port = int(await process.stdout.readline())
-            yield f"https://127.0.0.1:{port}"
+            yield int(await process.stdout.readline())
         finally:
             process.stdin.close()
             await process.wait()
 
     @contextlib.asynccontextmanager
     async def variant(
-        self, control: str | None, service: str, environment: Mapping[str, str] | None = None
+        self,
+        control: str | None,
+        service: str,
+        environment: Mapping[str, str] | None = None,
+        *,
+        ready: bool = True,
     ) -> AsyncIterator[Target]:
         """A second process of `service`, in which only `control` is left out (see `tests.attacks.without`) or
-        nothing, and in whose environment more may be set."""
+        nothing, and in whose environment more may be set. With `ready` it is waited for."""
         port, probe = choose_free_ports(2)
         original = self.stack.process(service).spec
         name = f"{service}-without-{control or 'nothing'}"
@@ -272,7 +278,7 @@ class Lab:
             probe=f"http://127.0.0.1:{probe}",
             grace=3.0,
         )
-        async with self._running(spec, service) as process:
+        async with self._running(spec, service, ready) as process:
             yield _service(name, port, process.log)
 
     @contextlib.asynccontextmanager
@@ -298,7 +304,7 @@ class Lab:
                 yield Target("cloud", port, lambda: _json_lines(log.read_text().splitlines()))
 
     @contextlib.asynccontextmanager
-    async def _running(self, spec: ProcessSpec, workload: str) -> AsyncIterator[ManagedProcess]:
+    async def _running(self, spec: ProcessSpec, workload: str, ready: bool) -> AsyncIterator[ManagedProcess]:
         registrations = self.stack.workload_api.workloads[workload]
         process = ManagedProcess(
             spec,
@@ -309,7 +315,8 @@ class Lab:
         try:
             await process.start()
             pid = process.pid or 0
-            await process.wait_ready(30.0)
+            if ready:
+                await process.wait_ready(30.0)
             yield process
         finally:
             await process.stop()

@@ -264,6 +264,68 @@ def no_framing() -> None:
     security.FRAMES = frozenset()
 
 
+def whole_policy() -> None:
+    """What can be understood of a policy file is in force, and the rest is left out."""
+    from ztmtls import authz
+
+    known = ("name", "callers", "methods", "paths")
+
+    def lenient(path: Any) -> authz.Policy:
+        content = authz.PolicyDocument.read(path).content
+        rules = content["rules"] if isinstance(content, dict) else []
+        if not rules:
+            return authz.Policy(())
+        understood = [{key: rule[key] for key in known} for rule in rules]
+        return authz.Policy.parse({"version": 1, "rules": understood})
+
+    authz.load_policy = lenient
+
+
+def database_identity() -> None:
+    """TLS to the database, whoever it is (`sslmode=require`)."""
+    from ztmtls import database
+
+    parameters = database._Connector.parameters
+
+    def anybody(self: Any, version: Any) -> dict[str, Any]:
+        told = parameters(self, version) | {"sslmode": "require"}
+        del told["sslrootcert"]  # with it, `require` would verify the authority
+        return told
+
+    database._Connector.parameters = anybody
+
+
+def silent_logs() -> None:
+    """Somebody looks for a fault with a line in the log, and forgets it there."""
+    import logging
+
+    from ztmtls import database
+
+    parameters = database._Connector.parameters
+
+    def talkative(self: Any, version: Any) -> dict[str, Any]:
+        told = parameters(self, version)
+        logging.getLogger("ztmtls.database").warning("connecting: %s", told)
+        return told
+
+    database._Connector.parameters = talkative
+
+
+def keys_in_memory() -> None:
+    """A key comes into OpenSSL by way of a file, which stays."""
+    from pathlib import Path
+
+    from ztmtls import tls
+
+    load_svid = tls.load_svid
+
+    def by_file(context: ssl.SSLContext, svid: Any) -> None:
+        (Path.home() / f"{svid.serial}.pem").write_bytes(svid.pem())
+        load_svid(context, svid)
+
+    tls.load_svid = by_file
+
+
 def idempotency_keys() -> None:
     """A key stands for any request."""
     from payments import ledger
@@ -311,6 +373,10 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
     "route-policy": route_policy,
     "one-meaning-paths": one_meaning_paths,
     "idempotency-keys": idempotency_keys,
+    "whole-policy": whole_policy,
+    "database-identity": database_identity,
+    "silent-logs": silent_logs,
+    "keys-in-memory": keys_in_memory,
     "exactly-once": exactly_once,
     "callers-own": callers_own,
     "one-end": one_end,

@@ -23,8 +23,8 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 async def misled(lab: Lab) -> AsyncIterator[Target]:
     """Nothing is left out; the address of payments leads to the impostor."""
     async with (
-        lab.impostor(lab.svid("rogue")) as url,
-        lab.variant(None, "orders", {"PAYMENTS_URL": url}) as target,
+        lab.impostor(lab.svid("rogue")) as port,
+        lab.variant(None, "orders", {"PAYMENTS_URL": f"https://127.0.0.1:{port}"}) as target,
     ):
         yield target
 
@@ -33,8 +33,8 @@ async def misled(lab: Lab) -> AsyncIterator[Target]:
 async def without(lab: Lab) -> AsyncIterator[Target]:
     """The same, and orders takes any workload for payments."""
     async with (
-        lab.impostor(lab.svid("rogue")) as url,
-        lab.variant("server-identity", "orders", {"PAYMENTS_URL": url}) as target,
+        lab.impostor(lab.svid("rogue")) as port,
+        lab.variant("server-identity", "orders", {"PAYMENTS_URL": f"https://127.0.0.1:{port}"}) as target,
     ):
         yield target
 
