@@ -63,3 +63,8 @@ def test_nothing_that_is_shipped_knows_how_to_leave_a_control_out() -> None:
     ]
     assert len(shipped) > 50
     assert [file for file in shipped if "tests.attacks" in file.read_text()] == []
+
+
+def test_the_readme_counts_the_attacks() -> None:
+    assert f"makes {len(ATTACKS)} attacks" in (ROOT / "README.md").read_text()
+    assert len(ATTACKS) >= 30
