@@ -94,6 +94,23 @@ def test_the_stream_is_taken_up_again_after_the_frontend_was_away(
     expect(page.locator("[data-link]")).to_have_text("Live.", timeout=WITHIN)
 
 
+def test_a_slow_link_shows_the_page_and_keeps_up(stack: BackgroundStack, page: Page) -> None:
+    conditions = {
+        "offline": False,
+        "latency": 400,  # milliseconds
+        "downloadThroughput": 50_000,  # bytes per second: a slow 3G
+        "uploadThroughput": 50_000,
+    }
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", conditions)
+    page.goto(f"{stack.urls.page}/live", timeout=WITHIN)
+    expect(page.locator("[data-link]")).to_have_text("Live.", timeout=WITHIN)
+    before = certificate(page, "orders").get_attribute("title")
+    renew(stack, "orders")
+    expect(certificate(page, "orders")).not_to_have_attribute("title", before or "", timeout=WITHIN)
+    page.goto(f"{stack.urls.page}/lab", timeout=WITHIN)
+    expect(page.locator("[data-progress]")).to_contain_text("attacked since", timeout=WITHIN)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
 def test_live_and_tour_fit_and_can_be_read(

@@ -8,21 +8,29 @@ import signal
 import socket
 import sys
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+from aiohttp import web
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 
+from tests.attacks.catalogue import load_attacks
+from tests.attacks.controls import load_controls
+from tests.attacks.lab import Lab
+from tests.attacks.runner import Runner
+from tests.attacks.serve import make_app
 from tests.processes import environment
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.server import serve
 from ztmtls.source import StaticSource
 from ztmtls.testing.ca import CertificateAuthority
-from ztmtls.testing.workload_api import WorkloadApi
+from ztmtls.testing.workload_api import Workload, WorkloadApi
 
 from .conftest import PREFIX, text_of
 
@@ -94,27 +102,33 @@ async def send_raw(port: int, header: bytes) -> bytes:
     return answer
 
 
+async def start(workload: Workload, port: int, probes: int, orders: int, **more: str) -> Process:
+    """The frontend as a process of its own."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "frontend",
+        env=environment(
+            SPIFFE_ENDPOINT_SOCKET=workload.endpoint,
+            SPIFFE_ID=PREFIX + "frontend",
+            PORT=str(port),
+            PROBE_PORT=str(probes),
+            MODE="local",
+            ORDERS_URL=f"https://127.0.0.1:{orders}",
+            ORDERS_SPIFFE_ID=PREFIX + "orders",
+            **more,
+        ),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+
+
 async def test_the_life_of_the_process() -> None:
     authority = CertificateAuthority("zt.example")
     port, probes, orders = free_port(), free_port(), free_port()
     async with WorkloadApi() as api, httpx.AsyncClient(trust_env=False) as http:
         workload = await api.add_workload("frontend", PREFIX + "frontend", ca=authority)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "frontend",
-            env=environment(
-                SPIFFE_ENDPOINT_SOCKET=workload.endpoint,
-                SPIFFE_ID=PREFIX + "frontend",
-                PORT=str(port),
-                PROBE_PORT=str(probes),
-                MODE="local",
-                ORDERS_URL=f"https://127.0.0.1:{orders}",
-                ORDERS_SPIFFE_ID=PREFIX + "orders",
-            ),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        process = await start(workload, port, probes, orders)
 
         async def get(at: int, path: str) -> httpx.Response:
             return await http.get(f"http://127.0.0.1:{at}{path}")
@@ -162,3 +176,42 @@ async def test_the_life_of_the_process() -> None:
     assert process.returncode == 0
     assert b"Traceback" not in output
     assert b"PRIVATE KEY" not in output
+
+
+async def test_streams_that_are_open_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    authority = CertificateAuthority("zt.example")
+    port, probes, orders = free_port(), free_port(), free_port()
+    attacks, lab_socket = load_attacks(), tmp_path / "lab.sock"
+    async with (
+        WorkloadApi() as api,
+        httpx.AsyncClient(trust_env=False) as http,
+        Runner(Lab(None), attacks) as runner,  # type: ignore[arg-type]  # nothing is attacked
+    ):
+        lab = web.AppRunner(make_app(runner, attacks, load_controls()), shutdown_timeout=0.1)
+        await lab.setup()
+        await web.UnixSite(lab, str(lab_socket)).start()
+        workload = await api.add_workload("frontend", PREFIX + "frontend", ca=authority)
+        process = await start(workload, port, probes, orders, LAB_SOCKET=str(lab_socket), GRACE_SECONDS="60")
+        workload.allow(pid=process.pid)
+        try:
+            page = f"http://127.0.0.1:{port}"
+            await eventually(lambda: http.get(f"{page}/tour"))
+            async with (
+                http.stream("GET", f"{page}/live/events") as live,
+                http.stream("GET", f"{page}/lab/events") as events,
+            ):
+                seen = live.aiter_text(), events.aiter_text()
+                assert (await anext(seen[0])).startswith("event: services")
+                assert (await anext(seen[1])).startswith("data: ")
+                process.send_signal(signal.SIGTERM)
+                output, _ = await asyncio.wait_for(process.communicate(), 15)  # much less than the grace
+                for each in seen:
+                    async for _ in each:  # to their end, which is in good order: nothing is raised
+                        pass
+        finally:
+            await lab.cleanup()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    assert process.returncode == 0
+    assert b"Traceback" not in output
