@@ -145,6 +145,24 @@ async def test_the_chain_is_looked_at_only_while_somebody_listens() -> None:
     assert watcher._task is None
 
 
+async def test_a_look_that_fails_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frontend.live.EVERY", 0.01)
+    looks = 0
+
+    async def look() -> Overview:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise RuntimeError("a fault of ours")
+        return looked()
+
+    watcher = Watcher(look, Calls)
+    listener = watcher.listen()
+    async with asyncio.timeout(5):
+        assert await anext(listener) is watcher.watch
+    await listener.aclose()
+
+
 async def test_a_listener_that_comes_later_gets_the_state_at_once() -> None:
     async def look() -> Overview:
         return looked()

@@ -188,14 +188,19 @@ class ApplicationAnswer:
         """Take in a message to the client."""
         if message["type"] == "http.response.start":
             self.begun, self.status = True, message["status"]
-            headers = {name.lower(): value for name, value in message.get("headers", ())}
-            self.replayed = headers.get(b"idempotency-replayed") == b"true"
-            self.reason = _USUAL_REASONS.get(self.status, Reason.HTTP_ERROR)
-            self._problem = headers.get(b"content-type", b"").startswith(MEDIA_TYPE.encode())
+            headers = list(message.get("headers", ()))
+            self.replayed = any(name == _REPLAYED and value == b"true" for name, value in headers)
+            if 400 <= self.status < 500:
+                self.reason = _USUAL_REASONS.get(self.status, Reason.HTTP_ERROR)
+                self._problem = any(
+                    name == b"content-type" and value.startswith(_PROBLEM) for name, value in headers
+                )
         elif self._problem and message["type"] == "http.response.body":
             self._problem = False
             self.reason = _reason_in(message.get("body", b"")) or self.reason
 
+
+_REPLAYED, _PROBLEM = b"idempotency-replayed", MEDIA_TYPE.encode()
 
 _USUAL_REASONS = {
     404: Reason.NOT_FOUND,

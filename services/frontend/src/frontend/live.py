@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from .orders import Calls
 from .pages import Pages
 from .status import Denial, Overview, ServiceReport
 from .streams import HEARTBEAT, event
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two looks, and between two signs of life on a stream when looking takes long.
 EVERY = 1.0
@@ -152,7 +156,12 @@ class Watcher:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.gather(self.look(), asyncio.sleep(EVERY))
+            due = time.monotonic() + EVERY
+            try:
+                await self.look()
+            except Exception:  # a fault of ours: those who listen get a sign of life, and the next look
+                logger.exception("looking at the chain failed")
+            await asyncio.sleep(due - time.monotonic())
 
 
 def _minus(calls: Calls, base: Calls) -> Calls:
