@@ -269,7 +269,7 @@ class OrdersReplica:
 
 
 async def _report() -> dict[str, Any]:
-    return {"identity": {}, "credentials": {}, "database": None}
+    return {"identity": {}, "credentials": {}, "database": None, "decisions": {}}
 
 
 @asynccontextmanager

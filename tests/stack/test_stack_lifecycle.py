@@ -226,7 +226,7 @@ def test_services_know_what_they_need_and_nothing_of_the_caller(stack: Backgroun
         *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_REGION", "AWS_ENDPOINT_URL"),
     }
     own = {
-        "frontend": {"MODE", "ORDERS_URL", "ORDERS_SPIFFE_ID"},
+        "frontend": {"MODE", "ORDERS_URL", "ORDERS_SPIFFE_ID", "LAB_SOCKET", "PROOF_FILE"},
         "orders": {"PAYMENTS_URL", "PAYMENTS_SPIFFE_ID"} | database,
         "payments": database,
     }
