@@ -14,13 +14,18 @@ PAGES = {
 
 
 class Step(NamedTuple):
-    """One step. `page` is where it happens; words in backquotes are code."""
+    """One step. `address` is where it happens; words in backquotes are code."""
 
     title: str
-    page: str
+    address: str
     do: str
     see: str
     why: str
+
+    @property
+    def page(self) -> str:
+        """The page that the address is on."""
+        return self.address.partition("#")[0]
 
 
 STEPS = (
@@ -46,7 +51,7 @@ STEPS = (
     ),
     Step(
         "Attack it",
-        "/lab",
+        "/lab#rogue-workload",
         "Press Attack at “Rogue workload of the same domain”, and watch it travel.",
         "It stops at `payments`. The attacker has a name and a certificate as good as any, and is refused "
         "all the same: `caller_not_allowed`, in its answer and in the log of `payments`. Then the same "
