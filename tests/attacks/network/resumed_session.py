@@ -7,10 +7,22 @@ from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    """Two connections: the second one offers the session of the first instead of a certificate that holds."""
-    svid = lab.svid("orders", ttl=2.0)
-    late = charge() | {"not_before": svid.not_after.timestamp() + 0.05, "resume": True}
-    return await lab.attack(target, STATUS, late, svid=svid)
+    """Two connections: the second one offers the session of the first instead of a certificate that holds.
+
+    A session belongs to one identity of payments: where that was replaced in between it says nothing, and all
+    is done again.
+    """
+    while True:
+        mark = len(target.lines())
+        svid = lab.svid("orders", ttl=2.0)
+        late = charge() | {"not_before": svid.not_after.timestamp() + 0.05, "resume": True}
+        answer = await lab.attack(target, STATUS, late, svid=svid)
+        if not answer.refused:
+            return answer
+        first = await target.find(mark, event="request", decision="allow")
+        second = await target.find(mark, event="handshake", decision="deny")
+        if first["generation"] == second["generation"]:
+            return answer
 
 
 ATTACK = Attack(
