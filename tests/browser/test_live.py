@@ -123,6 +123,14 @@ def test_live_and_tour_fit_and_can_be_read(
         assert_accessible(page)
 
 
+@pytest.mark.parametrize("path", ["/tour", "/tour#step-3", "/lab", "/pillars"])
+def test_nothing_moves_while_a_page_appears(stack: BackgroundStack, page: Page, path: str) -> None:
+    page.add_init_script(SHIFTS)
+    page.goto(stack.urls.page + path, wait_until="load")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.evaluate("window.shifted ?? 0") < 0.01
+
+
 def test_walk_the_tour_by_keyboard(stack: BackgroundStack, page: Page) -> None:
     page.goto(f"{stack.urls.page}/tour")
     steps = page.locator(".tour-step")

@@ -37,6 +37,5 @@
   });
 
   tour.classList.add("stepwise");
-  tour.querySelector("[data-keys]").hidden = false;
   show(Math.max(0, asked()), false);
 })();
