@@ -55,6 +55,22 @@ def audit(stream: io.StringIO) -> AuditLog:
     return AuditLog("orders", stream)
 
 
+# -- What a status page is told -------------------------------------------------------------------------
+
+
+def test_a_request_counts_once_whatever_the_application_made_of_it(audit: AuditLog) -> None:
+    for _ in range(3):
+        audit.record("request", "allow", hop=HOP)
+    audit.record("application", "deny", reason=Reason.CONFLICT, hop=HOP)
+    audit.record("application", "allow", hop=HOP, replayed=True)
+    audit.record("request", "deny", reason=Reason.CALLER_NOT_ALLOWED, method="M" * 999, path="/" * 999)
+    report = audit.report()
+    assert (report["allowed"], report["denied"]) == (2, 2)
+    assert [denial["reason"] for denial in report["latest"]] == ["conflict", "caller_not_allowed"]
+    assert report["latest"][0]["peer_id"] == HOP.peer.id
+    assert len(report["latest"][1]["method"]) == len(report["latest"][1]["path"]) == 256
+
+
 # -- Audit lines ----------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,9 @@ class AuditLog:
                     line["suppressed"], flood.suppressed = flood.suppressed, 0
             if decision == "deny":
                 told = {name: line.get(name) for name in self._TOLD}
-                self._denials.append(told | {"path": line.get("path") and str(line["path"])[:256]})
+                self._denials.append(
+                    told | {name: told[name] and str(told[name])[:256] for name in ("method", "path")}
+                )
             text = _encode(line) + "\n"
             stream = self._stream or sys.stdout
             stream.write(text)
@@ -106,13 +108,18 @@ class AuditLog:
     def report(self) -> dict[str, Any]:
         """For a status page: how many decisions were `allowed` and `denied`, and the `latest` denials.
 
-        Of each denial, the oldest first: `time` (RFC 3339, UTC), `event`, `reason`, `peer_id`, `method`,
-        `path`; None where there is none.
+        A request that was allowed and then refused by the application counts as denied, and one whose answer
+        was repeated as allowed once. Of each denial, the oldest first: `time` (RFC 3339, UTC), `event`,
+        `reason`, `peer_id`, `method`, `path`; None where there is none.
         """
         with self._lock:
             totals: Counter[str] = Counter()
-            for (_, decision, _), count in self.counts.items():
-                totals[decision] += count
+            for (event, decision, _), count in self.counts.items():
+                if event != "application":
+                    totals[decision] += count
+                elif decision == "deny":  # of a request that the guard had allowed
+                    totals["deny"] += count
+                    totals["allow"] -= count
             return {"allowed": totals["allow"], "denied": totals["deny"], "latest": list(self._denials)}
 
     def count(self, event: str, decision: Decision) -> None:

@@ -30,11 +30,12 @@ REQUEST_TIMEOUT = 30.0
 class Guard:
     """ASGI middleware around a whole application; `server.serve` puts it there.
 
-    Per request: the connection's peer is verified again if the identity source changed or a certificate
-    on the path ran out, the path must have one meaning only, a rule of the policy must allow caller,
-    method and path, the request must have one end only (RFC 9112 section 6.3), and its body must not be too
-    large or too slow to come. Every answer, yes or no, is an audit line; so is what the application then
-    refuses (4xx), and an answer that it repeats for an Idempotency-Key. There is no way around it: without a
+    Per request: it must have one end only (RFC 9112 section 6.3), the connection's peer is verified again if
+    the identity source changed or a certificate on the path ran out, the path must have one meaning only, a
+    rule of the policy must allow caller, method and path, and the body must not be too large or too slow to
+    come. Every answer, yes or no, is an audit line; so is what the application then refuses (4xx, or a
+    WebSocket that it does not accept), and an answer that it repeats for an Idempotency-Key.
+    There is no way around it: without a
     verified connection the request is refused.
     """
 
@@ -68,10 +69,11 @@ class Guard:
         connection: Connection | None = None
         try:
             connection = request_identity(scope).connection
+            refuse_two_ends(scope)  # first: what is refused for the caller's rights keeps its connection
             rule = self.check(connection, scope)
-            refuse_two_ends(scope)
         except Refusal as refusal:
-            await self._deny(scope, send, connection, method, refusal)
+            self._record_denial(scope, connection, method, refusal)
+            await _refuse(scope, send, refusal)
             return
         if connection.outlived(datetime.now(UTC)):
             send = _with_close(send)
@@ -84,10 +86,13 @@ class Guard:
             except Exception:
                 if not body.fault:
                     raise
-            self._tell(connection, rule, method, path, body.answer)
-        if body.fault and not body.answer.begun:
-            await body.discard()
-            await self._deny(scope, send, connection, method, body.fault)
+            finally:
+                self._tell(connection, rule, method, path, body.answer)
+        if body.fault:
+            self._record_denial(scope, connection, method, body.fault)
+            if not body.answer.begun:
+                await body.discard()
+                await _refuse(scope, send, body.fault)
 
     def _tell(
         self, connection: Connection, rule: str, method: str, path: str, answer: ApplicationAnswer
@@ -132,8 +137,8 @@ class Guard:
         raw_path = scope.get("raw_path") or path.encode()
         return authorize_request(self._policy, connection.peer.id, _method(scope), path, raw_path)
 
-    async def _deny(
-        self, scope: Scope, send: Send, connection: Connection | None, method: str, refusal: Refusal
+    def _record_denial(
+        self, scope: Scope, connection: Connection | None, method: str, refusal: Refusal
     ) -> None:
         self._audit.record(
             "request",
@@ -146,7 +151,6 @@ class Guard:
         )
         set_request_identity(scope, None)
         scope[_REFUSAL_KEY] = refusal
-        await _refuse(scope, send, refusal)
 
 
 _REFUSAL_KEY = "ztmtls.refusal"
@@ -186,7 +190,12 @@ class ApplicationAnswer:
 
     def see(self, message: Message) -> None:
         """Take in a message to the client."""
-        if message["type"] == "http.response.start":
+        kind = message["type"].removeprefix("websocket.")
+        if kind == "close" and not self.begun:  # of a WebSocket that was not accepted: the server answers 403
+            self.begun, self.status = True, 403
+        elif kind == "accept":
+            self.begun = True
+        elif kind == "http.response.start":
             self.begun, self.status = True, message["status"]
             headers = list(message.get("headers", ()))
             self.replayed = any(name == _REPLAYED and value == b"true" for name, value in headers)
@@ -195,12 +204,15 @@ class ApplicationAnswer:
                 self._problem = any(
                     name == b"content-type" and value.startswith(_PROBLEM) for name, value in headers
                 )
-        elif self._problem and message["type"] == "http.response.body":
+        elif self._problem and kind == "http.response.body":
             self._problem = False
             self.reason = _reason_in(message.get("body", b"")) or self.reason
 
 
 _REPLAYED, _PROBLEM = b"idempotency-replayed", MEDIA_TYPE.encode()
+
+# A problem document that is longer has no reason of ours in it.
+_LONGEST_PROBLEM = 64 << 10
 
 _USUAL_REASONS = {
     404: Reason.NOT_FOUND,
@@ -214,29 +226,30 @@ _USUAL_REASONS = {
 
 def _reason_in(problem: bytes) -> Reason | None:
     """The reason code of a problem document, when it is one of ours."""
+    if len(problem) > _LONGEST_PROBLEM:
+        return None
     try:
         return Reason(json.loads(problem)["reason"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 class _LimitedBody:
-    """Counts the body and the time. Past a limit the application sees a client that hung up."""
+    """Counts the body, and the time that the sender is waited for. Past a limit the application sees a client
+    that hung up."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, timeout: float) -> None:
         self.answer = ApplicationAnswer()
         self.fault: Refusal | None = None
-        self._deadline = time.monotonic() + timeout
-        self._timeout = timeout
+        self._left = self._timeout = timeout
         self._receive = receive
         self._send = send
         self._limit = limit
         self._received = 0
-        self._more = True
+        self._more = bool(scope["type"] == "http")
         declared = (value for name, value in scope.get("headers", ()) if name == b"content-length")
         if any(value.isdigit() and int(value) > limit for value in declared):
             self._exceeded()
-        self._timed = scope["type"] == "http"
 
     async def receive(self) -> Message:
         if self.fault:
@@ -252,17 +265,19 @@ class _LimitedBody:
         await self._send(message)
 
     async def _next(self) -> Message:
-        if not (self._timed and self._more):  # all has come: who waits now, waits for the client to go
+        if not self._more:  # all has come: who waits now, waits for the client to go
             return await self._receive()
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
+            async with asyncio.timeout(self._left):
                 return await self._receive()
         except TimeoutError:
-            self.fault = Refusal(
-                Reason.REQUEST_TIMEOUT, f"the request did not come whole within {self._timeout:g} s"
-            )
+            detail = f"the request did not come whole within {self._timeout:g} s"
+            self.fault = self.fault or Refusal(Reason.REQUEST_TIMEOUT, detail)
             self._more = False
             return {"type": "http.disconnect"}
+        finally:
+            self._left -= time.monotonic() - began
 
     def _exceeded(self) -> None:
         self.fault = Refusal(Reason.TOO_LARGE, f"the body may have {self._limit} bytes")
@@ -270,7 +285,7 @@ class _LimitedBody:
     async def discard(self) -> None:
         """Read on for a while: an answer sent while the client still sends would be lost in a reset."""
         while self._more and self._received < 8 * self._limit:
-            self._count(await self._receive())
+            self._count(await self._next())
 
     def _count(self, message: Message) -> None:
         if message["type"] == "http.request":

@@ -121,7 +121,6 @@ class LiveConnection:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         set_request_identity(scope, self._identity)
-        self.head_since = None
         request = _InFlight(scope, send)
         self.in_flight.add(request)
 
@@ -146,11 +145,22 @@ class LiveConnection:
         finally:
             self.in_flight.discard(request)
             self.idle_since = time.monotonic()
+            if self.head_since is not None:  # that of the next request, which need not be read meanwhile
+                self.head_since = self.idle_since
 
-    def received(self) -> None:
-        """Bytes have come. Between requests they begin the next one."""
-        if self.head_since is None and not self.in_flight:
-            self.head_since = time.monotonic()
+    def head_begins(self) -> None:
+        """The first bytes of a request have come, or of what should be one."""
+        self.head_since = time.monotonic()
+
+    def head_ends(self) -> None:
+        """The headers of a request have come whole."""
+        self.head_since = None
+
+    def head_late(self, seconds: float) -> bool:
+        """True when a head began more than `seconds` ago, and nothing else is being done meanwhile."""
+        if self.head_since is None or self.in_flight:
+            return False
+        return time.monotonic() - self.head_since > seconds
 
     def waited(self) -> float:
         """Seconds that nothing has come from the peer that we wait for: a request, a body, room to send."""
@@ -255,7 +265,7 @@ class LiveConnections:
         connection, now = live.connection, datetime.now(UTC)
         if live.waited() > self._limits.idle:
             self._close(live)
-        elif live.head_since and time.monotonic() - live.head_since > self._limits.request:
+        elif live.head_late(self._limits.request):
             self._end_slow_request(live)
         elif connection is None:
             pass  # the guard refuses whatever is asked on it
@@ -298,7 +308,7 @@ class LiveConnections:
         self._close(live)
 
     def malformed(self, transport: asyncio.Transport, message: str) -> None:
-        """What came is no HTTP request, as the parser says in `message`; it is answered with 400."""
+        """What came is no HTTP request or no WebSocket handshake, as `message` says; so the peer is told."""
         live = self._all.get(transport)
         view = live.connection.view() if live and live.connection else None
         self._audit.record(

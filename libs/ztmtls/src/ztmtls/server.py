@@ -8,7 +8,6 @@ behind whatever ends TLS for browsers, with the same life cycle and no identity 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
@@ -24,12 +23,12 @@ from .authz import Authorizer, Policy, PolicyFile
 from .guard import MAX_BODY, Guard
 from .lifecycle import beside
 from .listen import PortInUse, bind, serve_until_stopped
-from .live import LiveConnection, LiveConnections, LiveLimits
+from .live import LiveConnections, LiveLimits
 from .probes import Probes
+from .protocols import watched_http, watched_websocket
 from .reasons import Refusal
 from .source import Source
-from .tls import connection_of, server_context
-from .verify import PeerRefused
+from .tls import server_context
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -40,8 +39,6 @@ HttpParser = Literal["auto", "h11", "httptools"]
 Loop = Literal["auto", "asyncio", "uvloop"]
 
 _POLICY_POLL = 1.0
-# Bytes of a request line with its headers, where they don't come at once.
-_MAX_HEAD = 64 << 10
 _LIVE_LIMITS = LiveLimits()
 
 
@@ -102,11 +99,9 @@ async def serve(
         ssl_context_factory=lambda config, default: context,
     )
     config.load()
-    config.http_protocol_class = _watched(config.http_protocol_class, live)
-    if hasattr(config.http_protocol_class, "on_headers_complete"):  # httptools; h11 has a limit of its own
-        config.http_protocol_class = _limited_head(config.http_protocol_class)
+    config.http_protocol_class = watched_http(config.http_protocol_class, live)
     if config.ws_protocol_class is not None:
-        config.ws_protocol_class = _watched(config.ws_protocol_class, live)
+        config.ws_protocol_class = watched_websocket(config.ws_protocol_class, live)
     if probes is not None:
         probes.watch(live)
     sock = bind(host, port, "PORT")
@@ -193,63 +188,6 @@ def _traced(app: ASGIApp, tracer: Tracer | None) -> ASGIApp:
     from .tracing import Traced
 
     return Traced(app, tracer)
-
-
-def _watched(base: Any, live: LiveConnections) -> Any:
-    """uvicorn's protocol class, whose connections are verified ones that are watched over."""
-
-    class Watched(base):  # type: ignore[misc]
-        app: ASGIApp
-        watched: LiveConnection
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            connection = None
-            with contextlib.suppress(PeerRefused):  # the guard then refuses every request
-                connection = connection_of(transport.get_extra_info("ssl_object"))
-            self.app = self.watched = live.opened(self.app, connection, transport)
-
-        def data_received(self, data: bytes) -> None:
-            self.watched.received()
-            super().data_received(data)
-
-        def send_400_response(self, msg: str) -> None:
-            live.malformed(self.transport, msg)
-            super().send_400_response(msg)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            live.closed(self.transport)
-            super().connection_lost(exc)
-
-    return Watched
-
-
-def _limited_head(base: Any) -> Any:
-    """uvicorn's httptools protocol, which ends a connection whose headers have no end."""
-
-    class LimitedHead(base):  # type: ignore[misc]
-        begun = 0
-        in_head = False
-        head = 0
-
-        def on_message_begin(self) -> None:
-            self.begun, self.in_head, self.head = self.begun + 1, True, 0
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self.in_head = False
-            super().on_headers_complete()
-
-        def data_received(self, data: bytes) -> None:
-            message = self.begun if self.in_head else 0
-            super().data_received(data)
-            # What holds a beginning or an end may hold other messages, too, and is not counted.
-            if self.in_head and message == self.begun:
-                self.head += len(data)
-                if self.head > _MAX_HEAD and not self.transport.is_closing():
-                    self.send_400_response("The request's headers are too large.")
-
-    return LimitedHead
 
 
 async def _run_server(
