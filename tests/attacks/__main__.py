@@ -118,7 +118,7 @@ def main() -> int:
     except StackError as error:
         print_error(str(error))
         return int(error.exit_status)
-    write_proofs(arguments.json, proofs, controls)
+    write_proofs(arguments.json, proofs, attacks, controls)
     console.print(matrix(chosen[: len(proofs)], proofs, controls))
     failed = [proof.attack for proof in proofs if not proof.ok]
     console.print(

@@ -11,8 +11,9 @@ port: where to connect, on 127.0.0.1.
 tls: null for plain TCP; else the PEM `chain` and `key` to present (neither: no certificate), and `maximum`,
     the highest TLS version to speak ("1.2").
 requests: `method`, `path`, `headers` (pairs), `body` (text), `raw` (bytes as text, sent as they are),
-    `not_before` (seconds since the epoch, waited for with the connection open), `pause` (seconds before the
-    body is sent), and `resume` (on a new connection, which offers the TLS session of the one before).
+    `not_before` (seconds since the epoch, waited for with the connection open), `pause_in_head` (seconds in
+    the middle of the headers), `pause` (seconds before the body is sent), and `resume` (on a new connection,
+    which offers the TLS session of the one before).
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def carry_out(errand: dict[str, Any]) -> dict[str, Any]:
                 left_open = connection
                 connection = _connect(errand["port"], context, left_open.session)
             head, body = _bytes(request)
+            if "pause_in_head" in request:
+                begun, head = head[: len(head) // 2], head[len(head) // 2 :]
+                connection.sendall(begun)
+                time.sleep(request["pause_in_head"])
             connection.sendall(head)
             time.sleep(request.get("pause", 0))
             connection.sendall(body)

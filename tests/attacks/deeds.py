@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from tests.attacks.lab import Answer, Lab, Target
+from tests.attacks.lab import Answer, Lab, NotProved, Target
 from ztdev.shop import QUANTITY, order_form
 
 STATUS: Mapping[str, Any] = {"path": "/status"}
@@ -18,14 +18,17 @@ STATUS: Mapping[str, Any] = {"path": "/status"}
 CALLER = {"orders": "frontend", "payments": "orders"}
 
 
-def charge(amount: int = 1999, key: str | None = None) -> dict[str, Any]:
-    """A request that takes money, once per `key`."""
-    order = "6f9f7c0e-3a53-4c55-9a7c-1c64a8d1f0aa"
+#: The order that is paid for where it does not matter which.
+ORDER = uuid.UUID("6f9f7c0e-3a53-4c55-9a7c-1c64a8d1f0aa")
+
+
+def charge(amount: int = 1999, key: str | None = None, order: uuid.UUID = ORDER) -> dict[str, Any]:
+    """A request that takes money for `order`, once per `key`."""
     return {
         "method": "POST",
         "path": "/payments",
         "headers": [("Content-Type", "application/json"), ("Idempotency-Key", key or uuid.uuid4().hex)],
-        "body": json.dumps({"order_id": order, "amount": amount, "currency": "EUR"}),
+        "body": json.dumps({"order_id": str(order), "amount": amount, "currency": "EUR"}),
     }
 
 
@@ -41,37 +44,60 @@ async def rightful_charge(lab: Lab, target: Target) -> Answer:
 
 
 async def fill_in(
-    lab: Lab, target: Target, quantity: str, origin: str | None = None, cookie: str | None = None
+    lab: Lab,
+    target: Target,
+    quantity: str,
+    *,
+    origin: str | None = None,
+    cookie: str | None = None,
+    token: str | None = None,
 ) -> Answer:
-    """Open the order page, type `quantity` at the first thing, and send the form: from our own page with the
-    cookie that came with it, unless another `origin` or `cookie` is given."""
+    """Open the order page, type `quantity` at the first thing, and send the form: from our own page, with the
+    cookie that came with it and its token, unless another `origin`, `cookie` or `token` is given."""
     page = await lab.attack(target, {"path": "/"}, tls=False)
     form = order_form(page.body)
     assert form is not None
     first = next(name for name in form.fields if name.startswith(QUANTITY))
     host = f"127.0.0.1:{target.port}"
+    person = origin is cookie is token is None
+    fields = form.fields | {first: quantity} | ({} if token is None else {"csrf": token})
     request = {
         "method": "POST",
         "path": "/orders",
         "headers": [
             ("Host", host),
             ("Origin", origin or f"http://{host}"),
-            ("Accept", "text/html" if origin is None else "application/problem+json"),
+            ("Accept", "text/html" if person else "application/problem+json"),
             ("Content-Type", "application/x-www-form-urlencoded"),
-            ("Cookie", cookie or page.headers["set-cookie"].partition(";")[0]),
+            ("Cookie", page.headers["set-cookie"].partition(";")[0] if cookie is None else cookie),
         ],
-        "body": urlencode(form.fields | {first: quantity}),
+        "body": urlencode(fields),
     }
     return await lab.attack(target, request, tls=False)
 
 
-def once(payments: list[str]) -> Answer:
-    """What repeating a charge came to: refused when all answers tell of one payment."""
-    if len(set(payments)) == 1:
-        return Answer(
-            reason="replayed", error=f"{len(payments)} requests, one payment: the first answer again"
+async def booked(lab: Lab, order: str) -> int:
+    """How many charges the ledger holds for `order`."""
+    async with lab.stack.postgres.administrator("payments") as connection:
+        cursor = await connection.execute(
+            "SELECT count(*) FROM entries JOIN charges ON charges.id = charge_id WHERE order_id = %s", [order]
         )
-    return Answer(status=201, body=f"{len(set(payments))} payments")
+        found = await cursor.fetchone()
+    return int(str(found[0])) if found else 0
+
+
+async def booked_once(lab: Lab, request: Mapping[str, Any], answers: list[Answer]) -> Answer:
+    """What repeating a charge came to: refused when the ledger holds one line for its order, and all answers
+    tell of that."""
+    payments = await booked(lab, json.loads(request["body"])["order_id"])
+    if refused := [answer for answer in answers if answer.refused]:
+        raise NotProved(f"the charge itself was refused: {refused[0]}")
+    told = {json.loads(answer.body)["payment"]["id"] for answer in answers}
+    if payments == len(told) == 1:
+        return Answer(
+            reason="replayed", error=f"{len(answers)} requests, one payment: the first answer again"
+        )
+    return Answer(status=201, body=f"{payments} payments booked, {len(told)} confirmed")
 
 
 async def place_order(lab: Lab, target: Target, caller: str = "frontend") -> Answer:
@@ -89,6 +115,23 @@ async def order_request(lab: Lab) -> dict[str, Any]:
         "headers": [("Content-Type", "application/json"), ("Idempotency-Key", uuid.uuid4().hex)],
         "body": json.dumps({"items": [{"sku": sku, "quantity": 1}]}),
     }
+
+
+async def ask_workload_api(lab: Lab, workload: str, registered_as: str | None = None) -> Answer:
+    """A process, which may be registered as a workload, asks for the identity of `workload` at its socket."""
+    workloads = lab.stack.workload_api.workloads
+    admitted: list[int] = []
+
+    def admit(pid: int) -> None:
+        if registered_as is not None:
+            workloads[registered_as].allow(pid=pid)
+            admitted.append(pid)
+
+    try:
+        return await lab.attacker("agent_client.py", {"socket": workloads[workload].endpoint}, admit=admit)
+    finally:
+        for pid in admitted:
+            await workloads[registered_as or ""].disallow(pid=pid)
 
 
 #: The stand-in's line of a refused attempt to take a role.

@@ -3,9 +3,10 @@
     async with Stack(options) as stack:
         proof = await prove(attack, Lab(stack))
 
-`prove` makes the rightful call, lets the attacker try, reads the refusal back from the log of whoever
-refused, and tries the same again with only this control left out. What it returns is what was seen; a proof
-that fails says in `fault` what was otherwise than the attack declares.
+`prove` makes the rightful call, lets the attacker try, and reads the refusal back from the log of whoever
+refused. Then it does all of this again with only this control left out; where another layer stops the attack
+now, with that left out, too; until the attack succeeds. What it returns is what was seen; a proof that fails
+says in `fault` what was otherwise than the attack declares.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.attacks.controls import ROOT
+from tests.attacks.following import Followed, Line
 from ztdev.aws.cloud import DatabaseAddress, LocalCloud
 from ztdev.logfile import LogFile
 from ztdev.logview import is_audit, parse_line
@@ -35,8 +37,6 @@ from ztdev.stack import Stack
 from ztmtls.svid import X509Svid
 
 HERE = Path(__file__).parent
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Target:
     """Whom an attack is made on: its port on 127.0.0.1, and the decisions that it has written down.
 
     `tells_reason` says whether its lines hold the reason code; the Workload API's hold a sentence. `file` is
-    one that the attacker can write, where the attack is about that.
+    one that the attacker writes, where the attack is about that.
     """
 
     name: str
@@ -74,13 +74,15 @@ class Target:
     async def find(self, after: int, timeout: float = 10.0, **fields: Any) -> Line:
         """The first line from number `after` on that has `fields`. `TimeoutError` tells what came instead."""
         deadline = time.monotonic() + timeout
+        seen = after
         while True:
-            lines = self.lines()[after:]
-            for line in lines:
+            lines = self.lines()
+            for line in lines[seen:]:
                 if all(line.get(name) == value for name, value in fields.items()):
                     return line
+            seen = len(lines)
             if time.monotonic() > deadline:
-                shown = "\n".join(json.dumps(line) for line in lines[-5:]) or "(none)"
+                shown = "\n".join(json.dumps(line) for line in lines[after:][-5:]) or "(none)"
                 raise TimeoutError(f"no line of {self.name} has {fields}; the last ones:\n{shown}")
             await asyncio.sleep(0.02)
 
@@ -101,7 +103,14 @@ class Layer:
 
 Call = Callable[["Lab", Target], Awaitable[Answer]]
 Step = Literal["rightful", "attempt", "refused", "without", "done"]
-Ablation = Callable[["Lab"], AbstractAsyncContextManager[Target]]
+
+#: Whom a service takes a caller for that shows nothing, where it does not ask.
+NOBODY = "spiffe://nobody.invalid"
+
+LeftOut = tuple[str, ...]
+"""The controls that are left out; nothing is, where there is none."""
+
+Door = Callable[["Lab", LeftOut], AbstractAsyncContextManager[Target]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +119,9 @@ class Attack:
 
     rightful: the same deed by who may do it: it must succeed before anything is said about a refusal.
     attempt: the deed by the attacker.
-    first: what refuses it.
-    second: what stops it with `first.control` left out; None when nothing does.
-    against: another door than that of the running service `target`.
-    without: another way to leave the control out than a service started by `tests.attacks.without`.
+    layers: what stops it, each with all before it left out. Without the last one it succeeds.
+    door: where it is made; by default at the running service `target`, and at a second process of it where
+        something is left out.
     """
 
     id: str
@@ -122,20 +130,51 @@ class Attack:
     target: str
     rightful: Call
     attempt: Call
-    first: Layer
-    second: Layer | None = None
-    against: Ablation | None = None
-    without: Ablation | None = None
+    layers: tuple[Layer, ...]
+    door: Door | None = None
+
+    @property
+    def first(self) -> Layer:
+        """What refuses it."""
+        return self.layers[0]
+
+    @property
+    def controls(self) -> LeftOut:
+        """The controls of its layers, in their order."""
+        return tuple(layer.control for layer in self.layers)
 
     @property
     def file(self) -> str:
         """Its module, from the root of the tree on."""
         return self.attempt.__module__.replace(".", "/") + ".py"
 
+    def open(self, lab: Lab, left_out: LeftOut) -> AbstractAsyncContextManager[Target]:
+        """Where it is made, with `left_out` left out."""
+        if self.door is not None:
+            return self.door(lab, left_out)
+        if left_out:
+            return lab.variant(left_out, self.target)
+        return contextlib.nullcontext(lab.target(self.target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """How a layer stopped an attack: what the attacker saw, and the line of the log."""
+
+    control: str
+    reason: str
+    seen: str
+    line: Line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was seen. `seen` is what the attacker saw, `line` the log of the refusal."""
+    """What was seen. `seen` is what the attacker saw, `line` the log of the refusal by `control`.
+
+    `ablation` is what came of the same without `control`, ``succeeds`` or ``stopped-by:CONTROL``; `further`
+    are those that stopped it then, one after the other, and `seen_without` is what the attacker saw without
+    any.
+    """
 
     attack: str
     control: str
@@ -145,8 +184,8 @@ class Proof:
     ablation: str = ""
     seen: str = ""
     line: Line = field(default_factory=dict)
+    further: tuple[Stop, ...] = ()
     seen_without: str = ""
-    line_without: Line = field(default_factory=dict)
     seconds: float = 0.0
     fault: str = ""
 
@@ -156,6 +195,17 @@ class Proof:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def stopped(self, stop: Stop) -> Proof:
+        """The same, with one more layer that stopped it."""
+        if not self.refused:
+            return replace(self, refused=True, audited=bool(stop.line), seen=stop.seen, line=stop.line)
+        ablation = self.ablation or f"stopped-by:{stop.control}"
+        return replace(self, ablation=ablation, further=(*self.further, stop))
+
+    def succeeded(self, answer: Answer) -> Proof:
+        """The same, with all layers left out."""
+        return replace(self, ablation=self.ablation or "succeeds", seen_without=str(answer))
 
 
 class Lab:
@@ -168,25 +218,15 @@ class Lab:
         """A service of the stack, `identity` (the Workload API), `postgres`, or `cloud`."""
         stack = self.stack
         if name == "identity":
-            log = stack.state.logs / "identity.log"
-            return Target(name, 0, lambda: _json_lines(log.read_text().splitlines()), tells_reason=False)
+            lines = Followed(stack.state.logs / "identity.log", _json_line)
+            return Target(name, 0, lines, tells_reason=False)
         if name == "postgres":
-            return Target(name, stack.ports.postgres, self._fatal_lines, tells_reason=False)
+            lines = Followed(stack.state.logs / "postgres.log", _refusal_of_postgres)
+            return Target(name, stack.ports.postgres, lines, tells_reason=False)
         if name == "cloud":
-            log = stack.state.logs / "cloud.log"
-            return Target(name, stack.ports.cloud, lambda: _json_lines(log.read_text().splitlines()))
+            return Target(name, stack.ports.cloud, Followed(stack.state.logs / "cloud.log", _json_line))
         port = stack.ports.page if name == "frontend" else getattr(stack.ports, name)
-        return _service(name, port, stack.process(name).log)
-
-    def _fatal_lines(self) -> list[Line]:
-        """What PostgreSQL wrote about those whom it refused: `message` in its own words."""
-        text = (self.stack.state.logs / "postgres.log").read_text(errors="replace")
-        return [
-            {"decision": "deny", "severity": severity, "message": line.partition(f"{severity}:  ")[2]}
-            for line in text.splitlines()
-            for severity in ("FATAL", "ERROR")
-            if f"{severity}:  " in line
-        ]
+        return Target(name, port, Followed(stack.process(name).log.path, _audit_line))
 
     def svid(self, name: str, **changes: Any) -> X509Svid:
         """An SVID of the service account `name`, as `CertificateAuthority.issue` makes it."""
@@ -213,62 +253,47 @@ class Lab:
     ) -> Answer:
         """Run one of the attacker's programs to its end, in an empty environment; `admit` gets its process
         id before it does anything."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(HERE / program),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={},
-        )
-        admit(process.pid)
-        output, _ = await process.communicate(json.dumps(errand).encode())
+        async with _attacker(program) as process:
+            admit(process.pid)
+            output, _ = await process.communicate(json.dumps(errand).encode())
         if process.returncode != 0:
             raise RuntimeError(f"the attacker's {program} failed with {process.returncode}")
         return answer_of(json.loads(output))
 
     @contextlib.asynccontextmanager
-    async def impostor(self, svid: X509Svid, program: str = "impostor.py") -> AsyncIterator[int]:
+    async def impostor(
+        self, svid: X509Svid, program: str = "impostor.py", **errand: str
+    ) -> AsyncIterator[int]:
         """An attacker's server that presents `svid`; gives its port."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(HERE / program),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={},
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(_pem(svid)).encode() + b"\n")
+        async with _attacker(program, stderr=asyncio.subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(_pem(svid) | errand).encode() + b"\n")
             yield int(await process.stdout.readline())
-        finally:
-            process.stdin.close()
-            await process.wait()
 
     @contextlib.asynccontextmanager
     async def variant(
         self,
-        control: str | None,
+        left_out: LeftOut,
         service: str,
         environment: Mapping[str, str] | None = None,
         *,
         ready: bool = True,
     ) -> AsyncIterator[Target]:
-        """A second process of `service`, in which only `control` is left out (see `tests.attacks.without`) or
-        nothing, and in whose environment more may be set. With `ready` it is waited for."""
+        """A second process of `service`, in which only `left_out` is left out (see `tests.attacks.without`),
+        and in whose environment more may be set. With `ready` it is waited for."""
         port, probe = choose_free_ports(2)
         original = self.stack.process(service).spec
-        name = f"{service}-without-{control or 'nothing'}"
-        launcher = ("-m", "tests.attacks.without", control, "--") if control else ("-m",)
+        name = f"{service}-without-{'-and-'.join(left_out) or 'nothing'}"
+        launcher = ("-m", "tests.attacks.without", *left_out, "--") if left_out else ("-m",)
+        # A frontend with something left out is no door to the lab, and knows no proofs.
+        inherited = {k: v for k, v in original.environment.items() if k not in ("LAB_SOCKET", "PROOF_FILE")}
         spec = replace(
             original,
             name=name,
             argv=(sys.executable, *launcher, service),
             environment={
-                **original.environment,
+                **inherited,
                 **(environment or {}),
                 "PYTHONPATH": str(ROOT),
                 "PORT": str(port),
@@ -279,10 +304,10 @@ class Lab:
             grace=3.0,
         )
         async with self._running(spec, service, ready) as process:
-            yield _service(name, port, process.log)
+            yield Target(name, port, Followed(process.log.path, _audit_line, from_the_beginning=True))
 
     @contextlib.asynccontextmanager
-    async def weak_cloud(self, control: str) -> AsyncIterator[Target]:
+    async def weak_cloud(self, control: str) -> AsyncIterator[tuple[LocalCloud, Target]]:
         """A second stand-in for AWS, with the same roles and issuer, in which only `control` is left out (see
         `tests.attacks.weak_cloud`)."""
         (port,) = choose_free_ports(1)
@@ -301,7 +326,7 @@ class Lab:
                 environment_dir=self.stack.options.tools_dir / "aws-env",
             )
             async with cloud:
-                yield Target("cloud", port, lambda: _json_lines(log.read_text().splitlines()))
+                yield cloud, Target("cloud", port, Followed(log, _json_line))
 
     @contextlib.asynccontextmanager
     async def _running(self, spec: ProcessSpec, workload: str, ready: bool) -> AsyncIterator[ManagedProcess]:
@@ -324,6 +349,26 @@ class Lab:
                 await registrations.disallow(pid=pid)
 
 
+@contextlib.asynccontextmanager
+async def _attacker(program: str, **more: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process of an attacker, which does not outlive its attack."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        str(HERE / program),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={},
+        **more,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 class _WeakCloud(LocalCloud):
     def __init__(self, state_dir: Path, *, control: str, **more: Any) -> None:
         super().__init__(state_dir, **more)
@@ -341,7 +386,7 @@ async def prove(attack: Attack, lab: Lab, report: Report = lambda step, proof: N
     """Run one attack. Never raises for what went otherwise than declared: `Proof.fault` tells.
 
     `report` hears of each step as it begins, with what has been seen by then: the `rightful` call, the
-    `attempt`, that it was `refused`, the attempt `without` the control, and `done`.
+    `attempt`, that it was `refused`, the attempt `without` one control more, and `done`.
     """
     began = time.monotonic()
     proof = Proof(attack=attack.id, control=attack.first.control, reason=attack.first.reason)
@@ -351,12 +396,17 @@ async def prove(attack: Attack, lab: Lab, report: Report = lambda step, proof: N
         proof = so_far
         report(step, so_far)
 
+    fault = ""
     try:
-        async with asyncio.timeout(60.0):
-            await _refusal(attack, lab, proof, tell)
-            proof = await _ablation(attack, lab, proof, tell)
+        async with asyncio.timeout(90.0):
+            await _prove(attack, lab, proof, tell)
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        fault = "CancelledError: something that the attack waited for was cancelled"
     except Exception as error:
-        proof = replace(proof, fault=f"{type(error).__name__}: {error}")
+        fault = f"{type(error).__name__}: {error}"
+    proof = replace(proof, fault=fault)
     proof = replace(proof, seconds=round(time.monotonic() - began, 2))
     report("done", proof)
     return proof
@@ -366,36 +416,26 @@ class NotProved(AssertionError):
     """The stack did something else than the attack declares."""
 
 
-async def _refusal(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> None:
-    door = attack.against or (lambda lab: contextlib.nullcontext(lab.target(attack.target)))
+async def _prove(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> None:
     tell("rightful", proof)
-    async with door(lab) as target:
+    for number, layer in enumerate(attack.layers):
+        async with attack.open(lab, attack.controls[:number]) as target:
+            await _rightful(attack, lab, target)
+            tell("without" if number else "attempt", proof)
+            mark = len(target.lines())
+            answer = await attack.attempt(lab, target)
+            if not answer.refused:
+                raise NotProved(f"{layer.control} did not stop the attack: {answer}")
+            line = await _stopped_by(layer, target, mark, answer)
+        stop = Stop(control=layer.control, reason=layer.reason, seen=str(answer), line=line)
+        proof = proof.stopped(stop)
+        tell("without" if number else "refused", proof)
+    async with attack.open(lab, attack.controls) as target:
         await _rightful(attack, lab, target)
-        tell("attempt", proof)
-        mark = len(target.lines())
         answer = await attack.attempt(lab, target)
-        if not answer.refused:
-            raise NotProved(f"the attack succeeded: {answer}")
-        line = await _stopped_by(attack.first, target, mark, answer)
-    tell("refused", replace(proof, refused=True, audited=bool(line), seen=str(answer), line=line))
-
-
-async def _ablation(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> Proof:
-    leave_out = attack.without or (lambda lab: lab.variant(attack.first.control, attack.target))
-    tell("without", proof)
-    async with leave_out(lab) as target:
-        await _rightful(attack, lab, target)
-        mark = len(target.lines())
-        answer = await attack.attempt(lab, target)
-        proof = replace(proof, seen_without=str(answer))
-        if not answer.refused:
-            if attack.second is not None:
-                raise NotProved(f"{attack.second.control} did not stop the attack: {answer}")
-            return replace(proof, ablation="succeeds")
-        if attack.second is None:
-            raise NotProved(f"stopped without {attack.first.control}, by what nobody named: {answer}")
-        line = await _stopped_by(attack.second, target, mark, answer)
-        return replace(proof, ablation=f"stopped-by:{attack.second.control}", line_without=line)
+    if answer.refused:
+        raise NotProved(f"stopped without {', '.join(attack.controls)} by what nobody named: {answer}")
+    tell("without", proof.succeeded(answer))
 
 
 async def _rightful(attack: Attack, lab: Lab, target: Target) -> None:
@@ -438,9 +478,19 @@ def _pem(svid: X509Svid | None) -> dict[str, Any]:
     return {"chain": chain.decode(), "key": key.decode()}
 
 
-def _service(name: str, port: int, log: LogFile) -> Target:
-    return Target(name, port, lambda: [line for line in _json_lines(log.lines()) if is_audit(line)])
+def _json_line(text: str) -> list[Line]:
+    data = parse_line(text)
+    return [] if data is None else [data]
 
 
-def _json_lines(lines: Any) -> list[Line]:
-    return [data for data in map(parse_line, lines) if data is not None]
+def _audit_line(text: str) -> list[Line]:
+    return [data for data in _json_line(text) if is_audit(data)]
+
+
+def _refusal_of_postgres(text: str) -> list[Line]:
+    """What PostgreSQL wrote about whom it refused: `message` in its own words."""
+    return [
+        {"decision": "deny", "severity": severity, "message": text.partition(f"{severity}:  ")[2]}
+        for severity in ("FATAL", "ERROR")
+        if f"{severity}:  " in text
+    ]

@@ -12,7 +12,7 @@ from tests.attacks.lab import Attack, Proof
 REFUSED, SECOND, NOTHING, FAULT = "■", "□", "·", "✗"
 
 LEGEND = (
-    f"{REFUSED} refused it   {SECOND} would also stop it, as seen with the first left out   "
+    f"{REFUSED} refused it   {SECOND} would also stop it, as seen with those before left out   "
     f"{NOTHING} not covered   {FAULT} not proved\n"
     "log: the refusal was read back from the log of who refused"
 )
@@ -27,8 +27,8 @@ def layers_of(controls: dict[str, Control]) -> dict[str, str]:
 def row(proof: Proof, controls: dict[str, Control]) -> dict[str, str]:
     """A mark for each layer that had something to do with this attack."""
     cells: dict[str, str] = {}
-    if proof.ablation.startswith("stopped-by:"):
-        cells[controls[proof.ablation.removeprefix("stopped-by:")].layer] = SECOND
+    for stop in proof.further:
+        cells[controls[stop.control].layer] = SECOND
     cells[controls[proof.control].layer] = REFUSED if proof.ok else FAULT
     return cells
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from tests.attacks.controls import ROOT
 from tests.attacks.deeds import charge, rightful_charge
-from tests.attacks.lab import Answer, Lab, NotProved, Target
+from tests.attacks.lab import Answer, Lab, LeftOut, NotProved, Target
 
 POLICY = ROOT / "services" / "payments" / "src" / "payments" / "policy.yaml"
 
 
 @contextlib.asynccontextmanager
-async def payments_with_a_file(lab: Lab, control: str | None) -> AsyncIterator[Target]:
+async def payments_with_a_file(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
     """A `payments` with a policy file of its own."""
     with tempfile.TemporaryDirectory(prefix="zt-policy-") as folder:
         file = Path(folder) / "policy.yaml"
         file.write_text(POLICY.read_text())
-        async with lab.variant(control, "payments", {"POLICY_FILE": str(file)}) as target:
+        async with lab.variant(left_out, "payments", {"POLICY_FILE": str(file)}) as target:
             yield replace(target, file=file)
 
 

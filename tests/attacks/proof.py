@@ -23,19 +23,22 @@ EVIDENCE = ROOT / "build" / "proof.json"
 PAGE = ROOT / "build" / "pillars.json"
 DOCUMENT = ROOT / "docs" / "proof.md"
 
-#: What of a proof the pages show; the lines of the log stay in the evidence.
-SHOWN = ("reason", "refused", "audited", "ablation", "ok", "at")
 
-
-def write_proofs(file: Path, proofs: Iterable[Proof], controls: dict[str, Control]) -> None:
-    """Write the evidence: an array with one object for each attack, with the time at which it was written."""
+def write_proofs(
+    file: Path, proofs: Iterable[Proof], attacks: Iterable[Attack], controls: dict[str, Control]
+) -> None:
+    """Write the evidence: an array with one object for each attack, with the time at which it was written.
+    What is there already of attacks that were not made this time stays."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    entries = [
-        {"pillar": controls[proof.control].pillar, "ok": proof.ok, "at": at, **proof.as_dict()}
+    entries = read_proofs(file) | {
+        proof.attack: {"pillar": controls[proof.control].pillar, "ok": proof.ok, "at": at, **proof.as_dict()}
         for proof in proofs
-    ]
+    }
+    known = [entries[attack.id] for attack in attacks if attack.id in entries]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(entries, indent=2) + "\n")
+    unfinished = file.with_suffix(".new")
+    unfinished.write_text(json.dumps(known, indent=2) + "\n")
+    unfinished.replace(file)
 
 
 def read_proofs(file: Path) -> dict[str, dict[str, Any]]:
@@ -51,13 +54,15 @@ def pillars(
 ) -> list[dict[str, Any]]:
     """Pillar, its controls, their files, the attacks that prove them, and what came of those."""
 
-    def shown(attack: Attack) -> dict[str, Any]:
-        proof = proofs.get(attack.id)
+    def shown(attack: Attack, control: str) -> dict[str, Any]:
+        proof, place = proofs.get(attack.id), attack.controls.index(control)
         return {
             "id": attack.id,
             "title": attack.title,
             "file": attack.file,
-            "proof": proof and {name: proof[name] for name in SHOWN},
+            "after": attack.controls[:place],
+            "then": attack.controls[place + 1 : place + 2],
+            "proof": proof and _of_layer(proof, place),
         }
 
     return [
@@ -72,7 +77,7 @@ def pillars(
                     "promise": control.promise,
                     "not_covered": control.not_covered,
                     "files": list(control.files),
-                    "attacks": [shown(attacks[attack]) for attack in control.attacks],
+                    "attacks": [shown(attacks[attack], control.id) for attack in control.attacks],
                 }
                 for control in controls.values()
                 if control.pillar == name
@@ -82,6 +87,15 @@ def pillars(
     ]
 
 
+def _of_layer(proof: dict[str, Any], place: int) -> dict[str, Any]:
+    """What the pages show of a proof for the layer that stands at `place`; the lines of the log stay in the
+    evidence. Of an attack that is not proved, no layer is."""
+    stops = [proof, *proof["further"]]
+    found = stops[place] if place < len(stops) else {"reason": "", "line": {}}
+    audited = proof["audited"] if place == 0 else bool(found["line"])
+    return {"ok": proof["ok"], "at": proof["at"], "reason": found["reason"], "audited": audited}
+
+
 def document(content: list[dict[str, Any]]) -> str:
     """The page for readers, in Markdown."""
     lines = [
@@ -89,7 +103,7 @@ def document(content: list[dict[str, Any]]) -> str:
         "",
         "Made by `make proof` from what `make attack` saw: each attack was refused by its control, the "
         "refusal was read back from the log, and the attack was made once more with only that control left "
-        "out.",
+        "out. Where another control stopped it then, that one was left out, too, until the attack succeeded.",
     ]
     for pillar in content:
         lines += ["", f"## {pillar['title']}", "", pillar["meaning"]]
@@ -101,8 +115,8 @@ def document(content: list[dict[str, Any]]) -> str:
                 "",
                 f"{control['promise']} ({control['layer']}; {files})",
                 "",
-                "| attack | refused for | in the log | without this control | when |",
-                "|---|---|---|---|---|",
+                "| attack | with left out | refused for | in the log | without this control, too | when |",
+                "|---|---|---|---|---|---|",
                 *(_row(attack) for attack in control["attacks"]),
                 "",
                 f"Not covered: {control['not_covered']}",
@@ -112,17 +126,14 @@ def document(content: list[dict[str, Any]]) -> str:
 
 def _row(attack: dict[str, Any]) -> str:
     link, proof = f"[{attack['title']}](../{attack['file']})", attack["proof"]
+    after = ", ".join(f"`{control}`" for control in attack["after"]) or "nothing"
     if proof is None:
-        return f"| {link} | not run | | | |"
+        return f"| {link} | {after} | not run | | | |"
     if not proof["ok"]:
-        return f"| {link} | **not proved** | | | {proof['at']} |"
+        return f"| {link} | {after} | **not proved** | | | {proof['at']} |"
     audited = "yes" if proof["audited"] else "no"
-    return f"| {link} | `{proof['reason']}` | {audited} | {_without(proof['ablation'])} | {proof['at']} |"
-
-
-def _without(ablation: str) -> str:
-    stopped = ablation.removeprefix("stopped-by:")
-    return "it succeeds" if stopped == ablation else f"stopped by `{stopped}`"
+    then = f"stopped by `{attack['then'][0]}`" if attack["then"] else "it succeeds"
+    return f"| {link} | {after} | `{proof['reason']}` | {audited} | {then} | {proof['at']} |"
 
 
 def write_page(file: Path, proofs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,11 +158,14 @@ def main() -> int:
     if arguments.page_only:
         return 0
     DOCUMENT.write_text(document(content))
-    missing = [a["id"] for p in content for c in p["controls"] for a in c["attacks"] if a["proof"] is None]
+    shown = [attack for pillar in content for control in pillar["controls"] for attack in control["attacks"]]
+    missing = [attack["id"] for attack in shown if attack["proof"] is None]
+    failed = [attack["id"] for attack in shown if attack["proof"] and not attack["proof"]["ok"]]
     print(f"{DOCUMENT} and {PAGE}")
-    if missing:
-        print(f"not run: {', '.join(dict.fromkeys(missing))}", file=sys.stderr)
-    return 1 if missing else 0
+    for fault, which in (("not run", missing), ("not proved", failed)):
+        if which:
+            print(f"{fault}: {', '.join(dict.fromkeys(which))}", file=sys.stderr)
+    return 1 if missing or failed else 0
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ class Runner:
             while not self._waiting:
                 await self._wait()
             attack = self._attacks[self._waiting.pop(0)]
-            proof = await self._prove(attack, self._lab, self._report)
-            self._running = None
+            try:
+                proof = await self._prove(attack, self._lab, self._report)
+            finally:
+                self._running = None
             self._proofs[attack.id] = self._version + 1, proof.as_dict()
             self._changed()
 

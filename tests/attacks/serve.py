@@ -8,7 +8,7 @@ the registrations, the processes), so they run there; the frontend asks over the
     GET  /events      the same as server-sent events: the state, then each change
     POST /press       {"attacks": [ID, ...]}: queue them
     POST /stop        forget those that wait
-    GET  /code/FILE   a file that a control names, or an attack's own
+    GET  /code?file=  a file that a control names, or an attack's own
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def make_app(runner: Runner, attacks: Iterable[Attack], controls: dict[str, Cont
         return web.json_response(runner.state(), status=202)
 
     async def get_code(request: web.Request) -> web.Response:
-        file = request.match_info["file"]
+        file = request.query.get("file", "")
         if file not in shown:
             raise web.HTTPNotFound(text="No control names this file.")
         return web.Response(text=(ROOT / file).read_text())
@@ -87,7 +87,7 @@ def make_app(runner: Runner, attacks: Iterable[Attack], controls: dict[str, Cont
             web.get("/catalogue", get_catalogue),
             web.get("/state", get_state),
             web.get("/events", get_events),
-            web.get("/code/{file:.+}", get_code),
+            web.get("/code", get_code),
             web.post("/press", post_press),
             web.post("/stop", post_stop),
         ]
@@ -107,7 +107,7 @@ def describe(attacks: Iterable[Attack], controls: dict[str, Control]) -> dict[st
                 "target": attack.target,
                 "control": attack.first.control,
                 "reason": attack.first.reason,
-                "second": attack.second.control if attack.second else None,
+                "further": attack.controls[1:],
                 "file": attack.file,
             }
             for attack in attacks

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.attacks.catalogue import load_attacks
-from tests.attacks.lab import Attack, Lab, Proof, Report
+from tests.attacks.lab import Answer, Attack, Lab, Proof, Report, Target
 from tests.attacks.runner import Runner, UnknownAttack
 
 ATTACKS = load_attacks()[:3]
@@ -113,6 +114,25 @@ async def test_a_listener_gets_everything_first_and_then_only_what_is_new(
         assert list((await anext(changes) or {})["proofs"]) == [FIRST]
         runner.press([SECOND])
         assert (await anext(changes) or {})["proofs"] == {}
+
+
+async def test_what_an_attack_waited_for_may_be_cancelled_and_the_runner_goes_on() -> None:
+    async def cancelled(lab: Lab, target: Target) -> Answer:
+        raise asyncio.CancelledError
+
+    async def rightful(lab: Lab, target: Target) -> Answer:
+        return Answer(status=200)
+
+    nowhere = Target("nowhere", 0, list)
+    broken = replace(
+        ATTACKS[0], rightful=rightful, attempt=cancelled, door=lambda lab, left_out: nullcontext(nowhere)
+    )
+    async with Runner(Lab(None), [broken]) as runner:  # type: ignore[arg-type]
+        for _ in range(2):
+            runner.press([FIRST])
+            state = await until(runner, lambda state: state["proofs"] and not state["running"])
+            assert "CancelledError" in state["proofs"][FIRST]["fault"]
+            assert not state["proofs"][FIRST]["refused"]
 
 
 async def test_a_listener_hears_a_heartbeat_when_nothing_changes(runner: Runner) -> None:

@@ -1,9 +1,10 @@
-"""Run a service with exactly one control left out: for the attack lab, and never shipped.
+"""Run a service with certain controls left out: for the attack lab, and never shipped.
 
-    python -m tests.attacks.without CONTROL -- SERVICE [ARGUMENT ...]
+    python -m tests.attacks.without CONTROL [CONTROL ...] -- SERVICE [ARGUMENT ...]
 
-Before the service's own `main` runs, one function of it (or one of the library's) is replaced by one that
-does everything but this control. Nothing that is shipped knows of this module, and no setting reaches it.
+Before the service's own `main` runs, one function of it (or one of the library's) is replaced, for each
+control, by one that does everything but this control. Nothing that is shipped knows of this module, and no
+setting reaches it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import runpy
 import ssl
 import sys
 from collections.abc import Callable, Mapping
-from datetime import datetime
-from typing import Any
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ztmtls.verify import VerifiedPeer
 
 
 def client_certificate() -> None:
@@ -52,7 +57,7 @@ def certificate_validity() -> None:
 
 
 def peer_verification() -> None:
-    """Whatever OpenSSL lets through is believed to be what its first URI SAN says."""
+    """Whatever OpenSSL lets through is believed to be what its first URI SAN says, or nobody."""
     from cryptography import x509
 
     from ztmtls import tls
@@ -60,6 +65,8 @@ def peer_verification() -> None:
     from ztmtls.verify import VerifiedPeer
 
     def believe(chain: Any, bundles: Any, now: datetime) -> VerifiedPeer:
+        if not chain:
+            return nobody()
         leaf: x509.Certificate = chain[0]
         return VerifiedPeer(
             id=spiffe_id_of(leaf),
@@ -73,6 +80,106 @@ def peer_verification() -> None:
         )
 
     tls.verify_peer = believe
+
+
+def nobody() -> VerifiedPeer:
+    """A peer of whom nothing is known, as a server has it that does not ask."""
+    from tests.attacks.lab import NOBODY
+    from ztmtls.ids import SpiffeId
+    from ztmtls.verify import VerifiedPeer
+
+    now = datetime.now(UTC)
+    return VerifiedPeer(
+        id=SpiffeId.parse(NOBODY),
+        serial="",
+        fingerprint="",
+        not_before=now,
+        not_after=now + timedelta(hours=1),
+        valid_until=now + timedelta(hours=1),
+        authority="",
+        chain=(),
+    )
+
+
+def request_guard() -> None:
+    """A request on a connection without a verified peer is nobody's, and is asked no more."""
+    from ztmtls import guard
+    from ztmtls.tls import Connection
+
+    identity_of = guard.request_identity
+    call = guard.Guard.__call__
+
+    async def open_door(self: guard.Guard, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            identity_of(scope)
+        except guard.NoPeer:
+            unknown = Connection("callee", self._source.context, nobody(), None, "", "")
+            guard.set_request_identity(scope, guard.RequestIdentity(unknown))
+        await call(self, scope, receive, send)
+
+    guard.Guard.__call__ = open_door  # type: ignore[method-assign]
+
+
+def no_resumption() -> None:
+    """A session that was taken up again is as good as a new one."""
+    from ztmtls import tls
+
+    for kind in (tls._VerifiedObject, tls._VerifiedSocket):
+        kind.session_reused = False  # type: ignore[misc]
+
+
+def served_routes() -> None:
+    """The application has a route that nobody meant to serve, as generated ones come with."""
+    from payments import app
+
+    create = app.create_app
+
+    def with_more(*args: Any, **more: Any) -> Any:
+        made = create(*args, **more)
+        made.add_api_route("/payments/{payment_id}", lambda payment_id: "deleted", methods=["DELETE"])
+        return made
+
+    app.create_app = with_more
+
+
+def content_policy() -> None:
+    """Browsers are told nothing of what a page may do, nor who may frame it."""
+    from frontend import security
+
+    for name in ("Content-Security-Policy", "X-Frame-Options"):
+        del security.HEADERS[name]
+
+
+def database_proof() -> None:
+    """A password is given to the database as the database asks for it."""
+    from ztmtls import database
+
+    parameters = database._Connector.parameters
+
+    def trusting(self: Any, version: Any) -> dict[str, Any]:
+        told = parameters(self, version) | {"channel_binding": "disable"}
+        del told["require_auth"]
+        return told
+
+    database._Connector.parameters = trusting
+
+
+def key_in_transaction() -> None:
+    """A key is looked for first, and taken when the charge is made."""
+    from uuid import uuid4
+
+    from payments.ledger import Ledger
+
+    charge = Ledger.charge
+    taken: dict[tuple[str, str], Any] = {}
+
+    async def look_first(self: Ledger, caller: str, key: str, request: Any) -> Any:
+        if (caller, key) not in taken:
+            taken[caller, key] = await charge(self, caller, uuid4().hex, request)
+            return taken[caller, key]
+        return replace(taken[caller, key], replayed=True)
+
+    Ledger.charge = look_first
 
 
 def tls_version() -> None:
@@ -186,6 +293,15 @@ def callers_own() -> None:
     from orders.models import Order
     from orders.store import Orders
 
+    newest = Orders.newest
+
+    async def newest_of_all(self: Orders, caller: str, limit: int) -> Any:
+        async def callers(session: Any) -> list[str]:
+            return list(await session.scalars(select(Order.caller).distinct()))
+
+        every = await self._database.run(callers)
+        return [order for each in every for order in await newest(self, each, limit)]
+
     async def find(self: Orders, caller: str, order_id: Any) -> Order:
         query = select(Order).where(Order.id == order_id).options(selectinload(Order.items))
 
@@ -195,7 +311,7 @@ def callers_own() -> None:
 
         return await self._database.run(work)
 
-    Orders.find = find
+    Orders.find, Orders.newest = find, newest_of_all
 
 
 def exactly_once() -> None:
@@ -221,8 +337,9 @@ def one_end() -> None:
 
 def request_deadline() -> None:
     """A request may take as long as it likes."""
-    from ztmtls import guard
+    from ztmtls import guard, live
 
+    live.LiveConnection.head_late = lambda *_: False  # type: ignore[method-assign]
     limited = guard._LimitedBody.__init__
 
     def patient(self: Any, scope: Any, receive: Any, send: Any, limit: int, _: float) -> None:
@@ -366,6 +483,12 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
     "trusted-authorities": trusted_authorities,
     "authority-withdrawal": authority_withdrawal,
     "mutual-tls": mutual_tls,
+    "request-guard": request_guard,
+    "no-resumption": no_resumption,
+    "served-routes": served_routes,
+    "content-policy": content_policy,
+    "database-proof": database_proof,
+    "key-in-transaction": key_in_transaction,
     "tls-version": tls_version,
     "server-identity": server_identity,
     "live-recheck": live_recheck,
@@ -391,11 +514,14 @@ LEFT_OUT: Mapping[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    """Leave the control out, then become the service."""
-    control, dashes, *arguments = sys.argv[1:]
-    if dashes != "--" or not arguments:
-        sys.exit("usage: python -m tests.attacks.without CONTROL -- SERVICE [ARGUMENT ...]")
-    LEFT_OUT[control]()
+    """Leave the controls out, then become the service."""
+    given = sys.argv[1:]
+    dashes = given.index("--") if "--" in given else 0
+    controls, arguments = given[:dashes], given[dashes + 1 :]
+    if not controls or not arguments:
+        sys.exit("usage: python -m tests.attacks.without CONTROL [CONTROL ...] -- SERVICE [ARGUMENT ...]")
+    for control in controls:
+        LEFT_OUT[control]()
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 

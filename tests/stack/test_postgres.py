@@ -381,6 +381,22 @@ async def test_ensuring_a_service_again_changes_nothing(server: PostgresServer) 
         await connection.execute(text("SELECT * FROM orders"))
 
 
+async def test_ensuring_a_service_takes_its_logins_out_of_the_groups_of_others(
+    server: PostgresServer,
+) -> None:
+    """What somebody granted by hand, or a run that was killed left behind, does not outlive a start."""
+    secret = Secret("zt-demo/orders/db", "orders_app", CANARY)
+    async with server.administrator() as connection:
+        await connection.execute("GRANT payments, payments_rw TO orders_app")
+    async with engine_for(secret, target(server, "payments")) as engine:
+        assert await check(engine) is None
+
+    await server.ensure_service("orders")
+
+    async with engine_for(secret, target(server, "payments"), patience=0) as engine:
+        assert (await refusal(engine)).reason is Reason.DATABASE_DENIED
+
+
 # -- rotation
 
 

@@ -30,9 +30,10 @@ _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ")
 
 
 def base_environment(home: Path) -> dict[str, str]:
-    """The environment that every child starts from. `home` is an empty directory: no ~/.aws, no ~/.pgpass."""
+    """The environment that every child starts from. `home` is an empty directory: no ~/.aws, no ~/.pgpass;
+    what a child writes for the moment goes there, too."""
     environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    return environment | {"HOME": str(home), "PYTHONUNBUFFERED": "1"}
+    return environment | {"HOME": str(home), "TMPDIR": str(home), "PYTHONUNBUFFERED": "1"}
 
 
 class ProcessState(StrEnum):

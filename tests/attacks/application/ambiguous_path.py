@@ -21,5 +21,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("one-meaning-paths", "ambiguous_path", {"event": "request"}),
+    layers=(Layer("one-meaning-paths", "ambiguous_path", {"event": "request"}),),
 )

@@ -10,9 +10,19 @@ async def rightful(lab: Lab, target: Target) -> Answer:
     return await fill_in(lab, target, "1")
 
 
+#: Each has one thing wrong only: the page it was sent from, the cookie, the token in the form.
+WRONG: tuple[dict[str, str], ...] = (
+    {"origin": "https://evil.example"},
+    {"cookie": ""},
+    {"cookie": "zt-form=" + "v" * 43},
+    {"token": "0" * 64},
+)
+
+
 async def attempt(lab: Lab, target: Target) -> Answer:
-    """The victim's browser adds its cookie; the token in the form is the attacker's own."""
-    return await fill_in(lab, target, "1", origin="https://evil.example", cookie="zt-form=" + "v" * 43)
+    """The victim's browser sends what the attacker's page made. Succeeds when one of them is taken."""
+    answers = [await fill_in(lab, target, "1", **wrong) for wrong in WRONG]
+    return next((answer for answer in answers if not answer.refused), answers[-1])
 
 
 ATTACK = Attack(
@@ -22,5 +32,5 @@ ATTACK = Attack(
     target="frontend",
     rightful=rightful,
     attempt=attempt,
-    first=Layer("form-origin", "csrf_failed", {"event": "form"}),
+    layers=(Layer("form-origin", "csrf_failed", {"event": "form"}),),
 )

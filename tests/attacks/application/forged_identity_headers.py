@@ -28,9 +28,11 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer(
-        "identity-from-certificate",
-        "caller_not_allowed",
-        {"event": "request", "peer_id": spiffe_id("frontend")},
+    layers=(
+        Layer(
+            "identity-from-certificate",
+            "caller_not_allowed",
+            {"event": "request", "peer_id": spiffe_id("frontend")},
+        ),
     ),
 )

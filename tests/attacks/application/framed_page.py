@@ -13,7 +13,7 @@ async def rightful(lab: Lab, target: Target) -> Answer:
 async def attempt(lab: Lab, target: Target) -> Answer:
     """A browser asks for it to be shown in a frame. Succeeds when nothing keeps the browser from that."""
     answer = await _ask(lab, target, "iframe")
-    if not answer.refused and "frame-ancestors 'none'" in answer.headers["content-security-policy"]:
+    if not answer.refused and "frame-ancestors 'none'" in answer.headers.get("content-security-policy", ""):
         return Answer(reason="content_security_policy", error="the page's policy lets nobody frame it")
     return answer
 
@@ -34,6 +34,8 @@ ATTACK = Attack(
     target="frontend",
     rightful=rightful,
     attempt=attempt,
-    first=Layer("no-framing", "framing_refused", {"event": "door"}),
-    second=Layer("content-policy", "content_security_policy", None),
+    layers=(
+        Layer("no-framing", "framing_refused", {"event": "door"}),
+        Layer("content-policy", "content_security_policy", None),
+    ),
 )

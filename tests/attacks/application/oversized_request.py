@@ -20,5 +20,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("body-limit", "too_large", {"event": "request"}),
+    layers=(Layer("body-limit", "too_large", {"event": "request"}),),
 )

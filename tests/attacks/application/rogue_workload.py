@@ -18,5 +18,7 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": spiffe_id("rogue")}),
+    layers=(
+        Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": spiffe_id("rogue")}),
+    ),
 )

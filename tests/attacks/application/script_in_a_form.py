@@ -7,7 +7,8 @@ from dataclasses import replace
 from tests.attacks.deeds import fill_in
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
-SCRIPT = "<script>alert(1)</script>"
+#: A script of its own, and one of the field that holds what was typed, should only the quotes get through.
+SCRIPT, HANDLER = "<script>alert(1)</script>", '" autofocus onfocus="alert(1)'
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
@@ -17,11 +18,11 @@ async def rightful(lab: Lab, target: Target) -> Answer:
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    """Succeeds when the page holds the script, and nothing keeps the browser from running it."""
-    answer = await fill_in(lab, target, f'">{SCRIPT}')
-    if SCRIPT not in answer.body:
+    """Succeeds when the page holds a script, and nothing keeps the browser from running it."""
+    answer = await fill_in(lab, target, f'{HANDLER}">{SCRIPT}')
+    if SCRIPT not in answer.body and HANDLER not in answer.body:
         return replace(answer, reason="invalid_request", body="")
-    policy = answer.headers["content-security-policy"]
+    policy = answer.headers.get("content-security-policy", "")
     if "script-src 'self'" in policy.split("; "):
         return Answer(
             reason="content_security_policy", error="the page's policy runs no script that is in it"
@@ -36,6 +37,8 @@ ATTACK = Attack(
     target="frontend",
     rightful=rightful,
     attempt=attempt,
-    first=Layer("escaping", "invalid_request", {"event": "form"}),
-    second=Layer("content-policy", "content_security_policy", None),
+    layers=(
+        Layer("escaping", "invalid_request", {"event": "form"}),
+        Layer("content-policy", "content_security_policy", None),
+    ),
 )

@@ -19,9 +19,8 @@ ATTACK = Attack(
     title="Slow request",
     story="Orders was broken into, and keeps payments waiting for the rest of many requests.",
     target="payments",
-    against=lambda lab: lab.variant(None, "payments", IMPATIENT),
-    without=lambda lab: lab.variant("request-deadline", "payments", IMPATIENT),
+    door=lambda lab, left_out: lab.variant(left_out, "payments", IMPATIENT),
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("request-deadline", "request_timeout", {"event": "request"}),
+    layers=(Layer("request-deadline", "request_timeout", {"event": "request"}),),
 )

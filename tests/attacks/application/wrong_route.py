@@ -19,6 +19,8 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_status,
     attempt=attempt,
-    first=Layer("route-policy", "route_not_allowed", {"event": "request", "method": "DELETE"}),
-    second=Layer("served-routes", "method_not_allowed", {"event": "application", "status": 405}),
+    layers=(
+        Layer("route-policy", "route_not_allowed", {"event": "request", "method": "DELETE"}),
+        Layer("served-routes", "method_not_allowed", {"event": "application", "status": 405}),
+    ),
 )

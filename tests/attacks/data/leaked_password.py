@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import chain
 
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
-from tests.attacks.searches import files_of, processes_of, search
+from tests.attacks.lab import Answer, Attack, Lab, Layer, NotProved, Target
+from tests.attacks.searches import files_of, processes_of, search, shared_files
 from ztdev.options import DATABASE_SERVICES
 
 #: Looks for a new version of the secret every second.
@@ -32,8 +33,11 @@ async def attempt(lab: Lab, target: Target) -> Answer:
     passwords |= await _passwords(lab)
     held = lab.stack.state.path / "tokens"  # where they belong, readable by nobody else
     tokens = {file.read_bytes().strip() for file in held.rglob("*") if file.is_file()}
+    if len(passwords) < 5 or len(tokens) < 2:
+        raise NotProved(f"{len(passwords)} passwords and {len(tokens)} tokens to look for: some are missing")
     places = (place for place in files_of(lab, target) if held not in place.parents)
-    return search(chain(places, processes_of(lab)), passwords | tokens)
+    everywhere = chain(places, shared_files(), processes_of(lab))
+    return await asyncio.to_thread(search, everywhere, passwords | tokens)
 
 
 async def _passwords(lab: Lab) -> set[bytes]:
@@ -47,11 +51,10 @@ ATTACK = Attack(
     title="Password in the logs",
     story="Somebody who may read logs and process lists looks for database passwords and tokens in them.",
     target="payments",
-    against=lambda lab: lab.variant(None, "payments", EAGER),
-    without=lambda lab: lab.variant("silent-logs", "payments", EAGER),
+    door=lambda lab, left_out: lab.variant(left_out, "payments", EAGER),
     rightful=rightful,
     attempt=attempt,
-    first=Layer(
-        "silent-logs", "nothing_found", {"event": "credentials", "decision": "allow", "reason": None}
+    layers=(
+        Layer("silent-logs", "nothing_found", {"event": "credentials", "decision": "allow", "reason": None}),
     ),
 )

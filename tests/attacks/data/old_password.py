@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from tests.attacks.deeds import query
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 UNROTATED = "postgres-unrotated"
 
@@ -25,10 +26,10 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """Nothing is rotated between the theft and the use."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, nothing is rotated between the theft and the use."""
     postgres = lab.target("postgres")
-    yield Target(UNROTATED, postgres.port, postgres.lines, postgres.tells_reason)
+    yield replace(postgres, name=UNROTATED) if left_out else postgres
 
 
 ATTACK = Attack(
@@ -38,6 +39,6 @@ ATTACK = Attack(
     target="postgres",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("secret-rotation", "28P01", {"severity": "FATAL"}, told="password authentication failed"),
+    door=door,
+    layers=(Layer("secret-rotation", "28P01", {"severity": "FATAL"}, told="password authentication failed"),),
 )

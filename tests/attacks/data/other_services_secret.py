@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator
 
+from tests.attacks.clouds import Document, wider_permissions
 from tests.attacks.deeds import read_secret
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 ROLE, POLICY = "zt-demo-orders", "read-own-database-secret"
 
@@ -20,18 +20,23 @@ async def attempt(lab: Lab, target: Target) -> Answer:
     return await read_secret(lab, target, "orders", "zt-demo/payments/db")
 
 
+def _every_secret(document: Document) -> None:
+    document["Statement"][0]["Resource"] = "*"
+
+
+def _key_for_every_secret(document: Document) -> None:
+    del document["Statement"][1]["Condition"]["StringEquals"]["kms:EncryptionContext:SecretARN"]
+
+
+WIDER = {"secret-role": _every_secret, "secret-key": _key_for_every_secret}
+
+
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The role of orders may read every secret."""
-    iam = lab.stack.cloud.admin_client("iam")
-    document = iam.get_role_policy(RoleName=ROLE, PolicyName=POLICY)["PolicyDocument"]
-    wider = json.loads(json.dumps(document))
-    wider["Statement"][0]["Resource"] = "*"
-    iam.put_role_policy(RoleName=ROLE, PolicyName=POLICY, PolicyDocument=json.dumps(wider))
-    try:
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """The role of orders may read every secret; and may use the key for every secret."""
+    changes = [WIDER[control] for control in left_out]
+    async with wider_permissions(lab.stack.cloud, ROLE, POLICY, *changes):
         yield lab.target("cloud")
-    finally:
-        iam.put_role_policy(RoleName=ROLE, PolicyName=POLICY, PolicyDocument=json.dumps(document))
 
 
 ATTACK = Attack(
@@ -41,12 +46,14 @@ ATTACK = Attack(
     target="cloud",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("secret-role", "AccessDeniedException", {"event": "cloud", "action": "GetSecretValue"}),
-    second=Layer(
-        "secret-key",
-        "AccessDeniedException",
-        {"event": "cloud", "action": "GetSecretValue", "detail": "Access to KMS is not allowed"},
-        told="Access to KMS is not allowed",
+    door=door,
+    layers=(
+        Layer("secret-role", "AccessDeniedException", {"event": "cloud", "action": "GetSecretValue"}),
+        Layer(
+            "secret-key",
+            "AccessDeniedException",
+            {"event": "cloud", "action": "GetSecretValue", "detail": "Access to KMS is not allowed"},
+            told="Access to KMS is not allowed",
+        ),
     ),
 )

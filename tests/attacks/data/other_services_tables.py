@@ -8,9 +8,12 @@ from collections.abc import AsyncIterator
 from psycopg import sql
 
 from tests.attacks.deeds import query
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
-LOGIN, GROUP = "orders_app", "payments"
+LOGIN, GROUP, ROWS = "orders_app", "payments", "payments_rw"
+
+#: What the administrator would have to grant for each control to be left out.
+GRANTED = {"database-entry": GROUP, "table-rights": ROWS}
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
@@ -22,15 +25,19 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The login of orders may connect to the database of payments."""
-    login, group = sql.Identifier(LOGIN), sql.Identifier(GROUP)
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """The login of orders may connect to the database of payments; and use its rows."""
+    login = sql.Identifier(LOGIN)
     async with lab.stack.postgres.administrator() as connection:
-        await connection.execute(sql.SQL("GRANT {} TO {}").format(group, login))
         try:
+            for control in left_out:
+                group = sql.Identifier(GRANTED[control])
+                await connection.execute(sql.SQL("GRANT {} TO {}").format(group, login))
             yield lab.target("postgres")
         finally:
-            await connection.execute(sql.SQL("REVOKE {} FROM {}").format(group, login))
+            for control in left_out:
+                group = sql.Identifier(GRANTED[control])
+                await connection.execute(sql.SQL("REVOKE {} FROM {}").format(group, login))
 
 
 ATTACK = Attack(
@@ -40,7 +47,9 @@ ATTACK = Attack(
     target="postgres",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("database-entry", "28000", {"severity": "FATAL"}, told="no pg_hba.conf entry"),
-    second=Layer("table-rights", "42501", {"message": "permission denied for schema public at character 15"}),
+    door=door,
+    layers=(
+        Layer("database-entry", "28000", {"severity": "FATAL"}, told="no pg_hba.conf entry"),
+        Layer("table-rights", "42501", {"message": "permission denied for schema public at character 15"}),
+    ),
 )

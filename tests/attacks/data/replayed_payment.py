@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 
-from tests.attacks.deeds import charge, once, rightful_charge
+from tests.attacks.deeds import booked_once, charge, rightful_charge
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
     """Succeeds when the second request makes a payment of its own."""
-    request = charge(key=uuid.uuid4().hex)
+    request = charge(key=uuid.uuid4().hex, order=uuid.uuid4())
     answers = [await lab.attack(target, request, svid=lab.svid("orders")) for _ in range(2)]
-    return once([json.loads(answer.body)["payment"]["id"] for answer in answers])
+    return await booked_once(lab, request, answers)
 
 
 ATTACK = Attack(
@@ -23,9 +22,11 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer(
-        "exactly-once",
-        "replayed",
-        {"event": "application", "decision": "allow", "reason": None, "replayed": True},
+    layers=(
+        Layer(
+            "exactly-once",
+            "replayed",
+            {"event": "application", "decision": "allow", "reason": None, "replayed": True},
+        ),
     ),
 )

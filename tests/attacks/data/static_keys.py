@@ -5,34 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 
+from tests.attacks.controls import ROOT
 from tests.attacks.deeds import read_own_secret, read_secret
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 USER, POLICY = "zt-demo-orders-deploy", "read-the-secret"
 SECRET = "zt-demo/orders/db"
+TEMPLATE = ROOT / "infra" / "workload.yaml"
+
+#: Who set the account up; on AWS that is a person of the account, with a session that runs out.
+ADMINISTRATORS = {"stand-in-administrator"}
 
 #: As somebody would find one in a repository: well-formed, and worth nothing, since there is no such user.
 FOUND = {"AccessKeyId": "AKIAQ3EGFOUNDINAREPO", "SecretAccessKey": "x" * 40}
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    keys = await asyncio.to_thread(_existing_key, lab) or FOUND
-    return await read_secret(lab, target, "orders", SECRET, keys=keys)
+    """With a key of each user that there is; with one that was found, where there is none."""
+    if made := re.findall(r"AWS::IAM::(?:User|AccessKey)\b", TEMPLATE.read_text()):
+        return Answer(status=200, body=f"the template makes {made}")
+    answer = await read_secret(lab, target, "orders", SECRET, keys=FOUND)
+    for keys in await asyncio.to_thread(_keys_of_all_users, lab):
+        answer = await read_secret(lab, target, "orders", SECRET, keys=keys)
+        if not answer.refused:
+            break
+    return answer
 
 
-def _existing_key(lab: Lab) -> dict[str, str] | None:
+def _keys_of_all_users(lab: Lab) -> list[dict[str, str]]:
+    """A key for each user but the administrators, as whoever has taken over the account's pipeline makes."""
     iam = lab.stack.cloud.admin_client("iam")
-    if USER not in [user["UserName"] for user in iam.list_users()["Users"]]:
-        return None
-    made = iam.create_access_key(UserName=USER)["AccessKey"]
-    return {name: made[name] for name in FOUND}
+    users = {
+        user["UserName"] for page in iam.get_paginator("list_users").paginate() for user in page["Users"]
+    }
+    made = [iam.create_access_key(UserName=user)["AccessKey"] for user in sorted(users - ADMINISTRATORS)]
+    return [{name: key[name] for name in FOUND} for key in made]
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The template has a user for the service, as many have, whose key never runs out."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, there is a user for the service, as many have, whose key never runs out."""
     iam = lab.stack.cloud.admin_client("iam")
     statement = {"Effect": "Allow", "Action": ["secretsmanager:*", "kms:Decrypt"], "Resource": "*"}
     document = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
@@ -42,13 +57,16 @@ async def without(lab: Lab) -> AsyncIterator[Target]:
         iam.put_user_policy(UserName=USER, PolicyName=POLICY, PolicyDocument=document)
 
     def remove() -> None:
-        for key in iam.list_access_keys(UserName=USER)["AccessKeyMetadata"]:
-            iam.delete_access_key(UserName=USER, AccessKeyId=key["AccessKeyId"])
-        iam.delete_user_policy(UserName=USER, PolicyName=POLICY)
-        iam.delete_user(UserName=USER)
+        with contextlib.suppress(iam.exceptions.NoSuchEntityException):
+            for key in iam.list_access_keys(UserName=USER)["AccessKeyMetadata"]:
+                iam.delete_access_key(UserName=USER, AccessKeyId=key["AccessKeyId"])
+            with contextlib.suppress(iam.exceptions.NoSuchEntityException):
+                iam.delete_user_policy(UserName=USER, PolicyName=POLICY)
+            iam.delete_user(UserName=USER)
 
-    await asyncio.to_thread(make)
     try:
+        if left_out:
+            await asyncio.to_thread(make)
         yield lab.target("cloud")
     finally:
         await asyncio.to_thread(remove)
@@ -61,6 +79,6 @@ ATTACK = Attack(
     target="cloud",
     rightful=read_own_secret,
     attempt=attempt,
-    without=without,
-    first=Layer("no-static-keys", "UnrecognizedClientException", {"event": "cloud"}),
+    door=door,
+    layers=(Layer("no-static-keys", "UnrecognizedClientException", {"event": "cloud"}),),
 )

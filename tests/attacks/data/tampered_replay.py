@@ -24,5 +24,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("idempotency-keys", "idempotency_key_reused", {"event": "application", "status": 422}),
+    layers=(Layer("idempotency-keys", "idempotency_key_reused", {"event": "application", "status": 422}),),
 )

@@ -19,5 +19,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("live-recheck", "expired"),
+    layers=(Layer("live-recheck", "expired"),),
 )

@@ -21,8 +21,8 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer(
-        "certificate-validity", "expired", {"event": "handshake", "detail": "certificate has expired"}
+    layers=(
+        Layer("certificate-validity", "expired", {"event": "handshake", "detail": "certificate has expired"}),
+        Layer("peer-verification", "expired", {"event": "handshake"}),
     ),
-    second=Layer("peer-verification", "expired", {"event": "handshake"}),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from tests.attacks.clouds import stand_in
 from tests.attacks.deeds import TAKE_ROLE, claims, read_own_secret, read_secret
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
@@ -22,6 +23,6 @@ ATTACK = Attack(
     target="cloud",
     rightful=read_own_secret,
     attempt=attempt,
-    without=lambda lab: lab.weak_cloud("token-lifetime"),
-    first=Layer("token-lifetime", "ExpiredTokenException", TAKE_ROLE),
+    door=stand_in,
+    layers=(Layer("token-lifetime", "ExpiredTokenException", TAKE_ROLE),),
 )

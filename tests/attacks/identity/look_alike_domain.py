@@ -19,6 +19,8 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("peer-verification", "unknown_trust_domain", {"event": "handshake"}),
-    second=Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": LOOK_ALIKE}),
+    layers=(
+        Layer("peer-verification", "unknown_trust_domain", {"event": "handshake"}),
+        Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": LOOK_ALIKE}),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from joserfc import jwt
 from joserfc.jwk import ECKey
 
+from tests.attacks.clouds import stand_in
 from tests.attacks.deeds import TAKE_ROLE, claims, read_own_secret, read_secret
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
@@ -24,6 +25,8 @@ ATTACK = Attack(
     target="cloud",
     rightful=read_own_secret,
     attempt=attempt,
-    without=lambda lab: lab.weak_cloud("token-key"),
-    first=Layer("token-key", "InvalidIdentityToken", TAKE_ROLE, told="No key of the issuer has the key ID"),
+    door=stand_in,
+    layers=(
+        Layer("token-key", "InvalidIdentityToken", TAKE_ROLE, told="No key of the issuer has the key ID"),
+    ),
 )

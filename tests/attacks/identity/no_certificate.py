@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.attacks.deeds import charge, rightful_charge
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import NOBODY, Answer, Attack, Lab, Layer, Target
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
@@ -17,6 +17,9 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("client-certificate", "no_certificate", {"event": "handshake"}),
-    second=Layer("peer-verification", "no_certificate", {"detail": "the peer presented no certificate"}),
+    layers=(
+        Layer("client-certificate", "no_certificate", {"event": "handshake"}),
+        Layer("peer-verification", "no_certificate", {"detail": "the peer presented no certificate"}),
+        Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": NOBODY}),
+    ),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator
 
+from tests.attacks.clouds import wider_trust
 from tests.attacks.deeds import TAKE_ROLE, read_secret
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 ROLE = "zt-demo-orders"
 
@@ -22,18 +22,10 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The trust policy of the role does not look at the subject."""
-    iam = lab.stack.cloud.admin_client("iam")
-    document = iam.get_role(RoleName=ROLE)["Role"]["AssumeRolePolicyDocument"]
-    wider = json.loads(json.dumps(document))
-    condition = wider["Statement"][0]["Condition"]["StringEquals"]
-    del condition[next(name for name in condition if name.endswith(":sub"))]
-    iam.update_assume_role_policy(RoleName=ROLE, PolicyDocument=json.dumps(wider))
-    try:
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, the trust policy of the role does not look at the subject."""
+    async with wider_trust(lab.stack.cloud, ROLE, "sub") if left_out else contextlib.nullcontext():
         yield lab.target("cloud")
-    finally:
-        iam.update_assume_role_policy(RoleName=ROLE, PolicyDocument=json.dumps(document))
 
 
 ATTACK = Attack(
@@ -43,6 +35,6 @@ ATTACK = Attack(
     target="cloud",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("role-trust", "AccessDenied", TAKE_ROLE),
+    door=door,
+    layers=(Layer("role-trust", "AccessDenied", TAKE_ROLE),),
 )

@@ -26,5 +26,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("authority-withdrawal", "untrusted_authority", {"event": "handshake"}),
+    layers=(Layer("authority-withdrawal", "untrusted_authority", {"event": "handshake"}),),
 )

@@ -18,5 +18,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("peer-verification", "leaf_can_sign_certificates", {"event": "handshake"}),
+    layers=(Layer("peer-verification", "leaf_can_sign_certificates", {"event": "handshake"}),),
 )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.attacks.deeds import charge, rightful_charge
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 from ztdev.options import TRUST_DOMAIN, spiffe_id
 from ztmtls.testing import CertificateAuthority
 
@@ -20,10 +20,13 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """OpenSSL is content with the stranger's authority, too."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, OpenSSL is content with the stranger's authority, too."""
+    if not left_out:
+        yield lab.target("payments")
+        return
     authority = IMITATION.active.certificate.public_bytes(Encoding.PEM).decode()
-    async with lab.variant("trusted-authorities", "payments", {"TOO_MUCH_TRUST": authority}) as target:
+    async with lab.variant(left_out, "payments", {"TOO_MUCH_TRUST": authority}) as target:
         yield target
 
 
@@ -34,11 +37,13 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    without=without,
-    first=Layer("trusted-authorities", "untrusted_authority", {"event": "handshake"}),
-    second=Layer(
-        "peer-verification",
-        "untrusted_authority",
-        {"detail": f"no valid path from {spiffe_id('orders')} to an authority of {TRUST_DOMAIN}"},
+    door=door,
+    layers=(
+        Layer("trusted-authorities", "untrusted_authority", {"event": "handshake"}),
+        Layer(
+            "peer-verification",
+            "untrusted_authority",
+            {"detail": f"no valid path from {spiffe_id('orders')} to an authority of {TRUST_DOMAIN}"},
+        ),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import urlsafe_b64encode
 
+from tests.attacks.clouds import stand_in
 from tests.attacks.deeds import TAKE_ROLE, claims, key_id, read_own_secret, read_secret
 from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
@@ -25,8 +26,8 @@ ATTACK = Attack(
     target="cloud",
     rightful=read_own_secret,
     attempt=attempt,
-    without=lambda lab: lab.weak_cloud("token-signature"),
-    first=Layer(
-        "token-signature", "InvalidIdentityToken", TAKE_ROLE, told="The signature cannot be verified"
+    door=stand_in,
+    layers=(
+        Layer("token-signature", "InvalidIdentityToken", TAKE_ROLE, told="The signature cannot be verified"),
     ),
 )

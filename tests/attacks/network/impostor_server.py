@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from tests.attacks.deeds import place_order
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
@@ -20,21 +20,11 @@ async def attempt(lab: Lab, target: Target) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def misled(lab: Lab) -> AsyncIterator[Target]:
-    """Nothing is left out; the address of payments leads to the impostor."""
+async def misled(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """An `orders` for which the address of payments leads to the impostor."""
     async with (
         lab.impostor(lab.svid("rogue")) as port,
-        lab.variant(None, "orders", {"PAYMENTS_URL": f"https://127.0.0.1:{port}"}) as target,
-    ):
-        yield target
-
-
-@contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The same, and orders takes any workload for payments."""
-    async with (
-        lab.impostor(lab.svid("rogue")) as port,
-        lab.variant("server-identity", "orders", {"PAYMENTS_URL": f"https://127.0.0.1:{port}"}) as target,
+        lab.variant(left_out, "orders", {"PAYMENTS_URL": f"https://127.0.0.1:{port}"}) as target,
     ):
         yield target
 
@@ -44,9 +34,8 @@ ATTACK = Attack(
     title="Impostor server",
     story="Another workload, with an SVID as good as any, answers where payments should be: 'it is paid'.",
     target="orders",
-    against=misled,
+    door=misled,
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("server-identity", "wrong_server_identity", {"event": "handshake", "side": "caller"}),
+    layers=(Layer("server-identity", "wrong_server_identity", {"event": "handshake", "side": "caller"}),),
 )

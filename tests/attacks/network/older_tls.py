@@ -17,5 +17,5 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_status,
     attempt=attempt,
-    first=Layer("tls-version", "tls_failure", {"event": "handshake"}),
+    layers=(Layer("tls-version", "tls_failure", {"event": "handshake"}),),
 )

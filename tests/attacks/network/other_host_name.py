@@ -21,5 +21,5 @@ ATTACK = Attack(
     target="frontend",
     rightful=rightful,
     attempt=attempt,
-    first=Layer("own-host-name", "host_not_allowed", {"event": "door"}),
+    layers=(Layer("own-host-name", "host_not_allowed", {"event": "door"}),),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.attacks.deeds import charge, rightful_charge
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.lab import NOBODY, Answer, Attack, Lab, Layer, Target
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
@@ -22,6 +22,9 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful,
     attempt=attempt,
-    first=Layer("mutual-tls", "not_tls", {"event": "handshake"}),
-    second=Layer("request-guard", "no_peer", {"event": "request"}),
+    layers=(
+        Layer("mutual-tls", "not_tls", {"event": "handshake"}),
+        Layer("request-guard", "no_peer", {"event": "request"}),
+        Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": NOBODY}),
+    ),
 )

@@ -33,6 +33,9 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("no-session-tickets", "expired", {"event": "handshake"}),
-    second=Layer("no-resumption", "session_resumed", {"event": "handshake"}),
+    layers=(
+        Layer("no-session-tickets", "expired", {"event": "handshake"}),
+        Layer("no-resumption", "session_resumed", {"event": "handshake"}),
+        Layer("peer-verification", "expired", {"event": "handshake"}),
+    ),
 )

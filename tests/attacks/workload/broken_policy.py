@@ -26,9 +26,8 @@ ATTACK = Attack(
     title="Broken policy file",
     story="Payments' policy file is replaced by one that is not quite right, with a rule for the rogue.",
     target="payments",
-    against=lambda lab: payments_with_a_file(lab, None),
-    without=lambda lab: payments_with_a_file(lab, "whole-policy"),
+    door=payments_with_a_file,
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("whole-policy", "invalid_policy", {"event": "policy"}),
+    layers=(Layer("whole-policy", "invalid_policy", {"event": "policy"}),),
 )

@@ -17,10 +17,11 @@ ATTACK = Attack(
     title="Emptied policy file",
     story="Payments' policy file is emptied: where no rule is left, many programs let everybody in.",
     target="payments",
-    against=lambda lab: payments_with_a_file(lab, None),
-    without=lambda lab: payments_with_a_file(lab, "whole-policy"),
+    door=payments_with_a_file,
     rightful=rightful_charge,
     attempt=attempt,
-    first=Layer("whole-policy", "invalid_policy", {"event": "policy"}),
-    second=Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": spiffe_id("rogue")}),
+    layers=(
+        Layer("whole-policy", "invalid_policy", {"event": "policy"}),
+        Layer("route-policy", "caller_not_allowed", {"event": "request", "peer_id": spiffe_id("rogue")}),
+    ),
 )

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.attacks.deeds import rightful_status
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
-from tests.attacks.searches import files_of, search
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
+from tests.attacks.searches import files_of, search, shared_files
 from ztmtls.svid import X509Svid
 
 WORKLOAD = "payments"
@@ -37,7 +37,8 @@ async def attempt(lab: Lab, target: Target) -> Answer:
     before = workload.svid
     after = workload.rotate()
     await _taken_up(lab, target, after)
-    return search(chain(files_of(lab, target), _open_files(lab)), [*_forms(before), *_forms(after)])
+    places = chain(files_of(lab, target), shared_files(), _open_files(lab))
+    return await asyncio.to_thread(search, places, [*_forms(before), *_forms(after)])
 
 
 async def _taken_up(lab: Lab, target: Target, svid: X509Svid) -> None:
@@ -71,10 +72,13 @@ def _open_files(lab: Lab) -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The key goes by way of a file that stays, as with most libraries."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, the key goes by way of a file that stays, as with most libraries."""
+    if not left_out:
+        yield lab.target(WORKLOAD)
+        return
     try:
-        async with lab.variant("keys-in-memory", WORKLOAD) as target:
+        async with lab.variant(left_out, WORKLOAD) as target:
             yield target
     finally:
         for file in lab.stack.state.home.glob("*.pem"):
@@ -88,6 +92,8 @@ ATTACK = Attack(
     target="payments",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("keys-in-memory", "nothing_found", {"event": "request", "decision": "allow", "reason": None}),
+    door=door,
+    layers=(
+        Layer("keys-in-memory", "nothing_found", {"event": "request", "decision": "allow", "reason": None}),
+    ),
 )

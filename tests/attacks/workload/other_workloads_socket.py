@@ -6,45 +6,34 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.deeds import ask_workload_api
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 OWN, OTHER = "orders", "payments"
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
     """It gets the identity that it was registered for."""
-    return await _ask(lab, OWN)
+    return await ask_workload_api(lab, OWN, registered_as=OWN)
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    return await _ask(lab, OTHER)
-
-
-async def _ask(lab: Lab, socket: str) -> Answer:
-    """A process that is registered as orders asks the socket of a workload."""
-    workloads = lab.stack.workload_api.workloads
-    admitted: list[int] = []
-
-    def admit(pid: int) -> None:
-        workloads[OWN].allow(pid=pid)
-        admitted.append(pid)
-
-    try:
-        return await lab.attacker("agent_client.py", {"socket": workloads[socket].endpoint}, admit=admit)
-    finally:
-        for pid in admitted:
-            await workloads[OWN].disallow(pid=pid)
+    """A process that is registered as orders asks the socket of payments."""
+    return await ask_workload_api(lab, OTHER, registered_as=OWN)
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The identity is given to every process of this user."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, the identity is given to every process of this user, as a `unix:uid` selector
+    alone would."""
     workload = lab.stack.workload_api.workloads[OTHER]
-    workload.allow(uid=os.getuid())
+    if left_out:
+        workload.allow(uid=os.getuid())
     try:
         yield lab.target("identity")
     finally:
-        await workload.disallow(uid=os.getuid())
+        if left_out:
+            await workload.disallow(uid=os.getuid())
 
 
 ATTACK = Attack(
@@ -54,6 +43,6 @@ ATTACK = Attack(
     target="identity",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("process-attestation", "PERMISSION_DENIED", {"event": "attestation", "workload": OTHER}),
+    door=door,
+    layers=(Layer("process-attestation", "PERMISSION_DENIED", {"event": "attestation", "workload": OTHER}),),
 )

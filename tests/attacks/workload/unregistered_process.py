@@ -6,32 +6,33 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
-from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
+from tests.attacks.deeds import ask_workload_api
+from tests.attacks.lab import Answer, Attack, Lab, Layer, LeftOut, Target
 
 WORKLOAD = "payments"
 
 
 async def rightful(lab: Lab, target: Target) -> Answer:
-    workload = lab.stack.workload_api.workloads[WORKLOAD]
-    return await lab.attacker(
-        "agent_client.py", {"socket": workload.endpoint}, admit=lambda pid: workload.allow(pid=pid)
-    )
+    """One that was registered gets it."""
+    return await ask_workload_api(lab, WORKLOAD, registered_as=WORKLOAD)
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    endpoint = lab.stack.workload_api.workloads[WORKLOAD].endpoint
-    return await lab.attacker("agent_client.py", {"socket": endpoint})
+    return await ask_workload_api(lab, WORKLOAD)
 
 
 @contextlib.asynccontextmanager
-async def without(lab: Lab) -> AsyncIterator[Target]:
-    """The identity is given to every process of this user, as by a `unix:uid` selector alone."""
+async def door(lab: Lab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """With something left out, the identity is given to every process of this user, as a `unix:uid` selector
+    alone would."""
     workload = lab.stack.workload_api.workloads[WORKLOAD]
-    workload.allow(uid=os.getuid())
+    if left_out:
+        workload.allow(uid=os.getuid())
     try:
         yield lab.target("identity")
     finally:
-        await workload.disallow(uid=os.getuid())
+        if left_out:
+            await workload.disallow(uid=os.getuid())
 
 
 ATTACK = Attack(
@@ -41,6 +42,8 @@ ATTACK = Attack(
     target="identity",
     rightful=rightful,
     attempt=attempt,
-    without=without,
-    first=Layer("process-attestation", "PERMISSION_DENIED", {"event": "attestation", "workload": WORKLOAD}),
+    door=door,
+    layers=(
+        Layer("process-attestation", "PERMISSION_DENIED", {"event": "attestation", "workload": WORKLOAD}),
+    ),
 )

@@ -168,8 +168,19 @@ async def test_another_site_presses_nothing(running: Runner, shop: Browser, audi
 async def test_code_that_a_control_names_is_shown_and_no_other(running: Runner, shop: Browser) -> None:
     page = await shop.get("/lab/code/libs/ztmtls/src/ztmtls/verify.py")
     assert "def verify_peer" in text_of(page.text)
-    for file in ("README.md", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "/etc/passwd"):
-        assert (await shop.get(f"/lab/code/{file}")).status_code == 404
+    others = ("README.md", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "/etc/passwd")
+    of_the_lab = (
+        "..%2Fstate",
+        "..%2Fevents",
+        "%2e%2e%2fcatalogue",
+        "x?file=../state",
+        "%00",
+        "%0d%0a",
+        "%E2%82%AC",
+    )
+    async with asyncio.timeout(10):
+        for file in (*others, *of_the_lab):
+            assert (await shop.get(f"/lab/code/{file}")).status_code == 404
 
 
 async def test_events_pass_through(running: Runner, socket: Path) -> None:
@@ -202,20 +213,35 @@ async def test_the_pillars_without_a_record_say_how_to_get_one(browser: Browser)
 async def test_the_pillars_show_what_is_proved_and_what_is_not(
     orders: ScriptedOrders, audit: Audit, settings: dict[str, Any], socket: Path, tmp_path: Path
 ) -> None:
-    proof = {"reason": "caller_not_allowed", "refused": True, "audited": True, "at": "2026-01-02T03:04:05Z"}
+    proof = {
+        "reason": "first_reason",
+        "audited": True,
+        "ok": True,
+        "at": "2026-01-02T03:04:05Z",
+        "further": [],
+    }
+    second = {"control": "served-routes", "reason": "second_reason", "line": {"status": 405}}
     proofs = {
-        ATTACK: proof | {"ablation": "succeeds", "ok": True},
-        "expired-svid": proof | {"ablation": "stopped-by:peer-verification", "ok": True},
-        "older-tls": proof | {"ablation": "", "ok": False},
+        ATTACK: proof,
+        "wrong-route": proof | {"further": [second]},
+        "framed-page": proof | {"further": [second | {"reason": "told_reason", "line": {}}]},
+        "older-tls": proof | {"ok": False},
+        "plain-http": proof | {"ok": False},
     }
     write_page(tmp_path / "pillars.json", proofs)
     made = Settings(**settings, lab_socket=socket, proof_file=tmp_path / "pillars.json")
     async with opened(made, orders, audit) as shop:
         page = (await shop.get("/pillars")).text
     text = text_of(page)
-    assert f"2 of {len(load_attacks())} attacks proved, last on 2026-01-02 03:04:05 UTC." in text
-    assert "Without this control it succeeds." in text
-    assert "Without this control peer-verification stops it." in text
+    assert f"3 of {len(load_attacks())} attacks proved, last on 2026-01-02 03:04:05 UTC." in text
+    first = "first_reason read back from the log. Without this control"
+    assert f"{first} it succeeds." in text
+    assert f"{first} served-routes stops it." in text
+    left_out = (
+        "With route-policy left out: second_reason read back from the log. Without this control, too, it"
+    )
+    assert f"{left_out} succeeds." in text
+    assert "With no-framing left out: told_reason told by the page." in text
     assert "not proved" in text
     assert "not run yet" in text
     assert 'href="/lab/code/libs/ztmtls/src/ztmtls/verify.py"' in page

@@ -55,6 +55,16 @@ def looked(
     return overview(AT + timedelta(seconds=seconds), mine, (answer, link), decisions)
 
 
+def test_a_look_that_took_longer_than_the_next_one_is_no_news() -> None:
+    watch = Watch()
+    watch.see(looked(0), Calls(0, 0))
+    watch.see(looked(2, serial="02"), Calls(2, 0))
+    watch.see(looked(1), Calls(1, 0))
+    assert len(watch.changes) == 1
+    assert watch.calls == Calls(2, 0)
+    assert watch.overview == looked(2, serial="02")
+
+
 def test_the_first_look_is_no_change() -> None:
     watch = Watch()
     watch.see(looked(), Calls(100, 3))
@@ -181,20 +191,37 @@ async def numbers(seen: list[str]) -> AsyncGenerator[bytes, None]:
         seen.append("ended")
 
 
-async def body_of(response: Any) -> bytes:
-    return b"".join([chunk async for chunk in response.body_iterator])
+class Reader:
+    """A browser that reads one stream: what it was sent until now."""
+
+    def __init__(self, response: Any) -> None:
+        self.read = b""
+        self.task = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, self._send))
+
+    async def _send(self, message: Any) -> None:
+        self.read += message.get("body", b"")
+
+    async def until(self, read: bytes) -> None:
+        async with asyncio.timeout(5):
+            while read not in self.read:
+                await asyncio.sleep(0)
+
+    async def leave(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
 
 
 async def test_streams_end_when_the_process_stops_and_are_given_back(audit: Audit) -> None:
     streams, ended = Streams(audit.log), list[str]()
-    chunks: Any = aiter(streams.answer("/live/events", numbers(ended)).body_iterator)  # type: ignore[attr-defined]
+    reader = Reader(streams.answer("/live/events", numbers(ended)))
+    await reader.until(b"event: message\ndata: 1\n\n")
+    assert streams._open == 1
+    streams.close()
     async with asyncio.timeout(5):
-        assert await anext(chunks) == b"event: message\ndata: 1\n\n"
-        assert streams._open == 1
-        streams.close()
-        with pytest.raises(StopAsyncIteration):
-            await anext(chunks)
-        assert await body_of(streams.answer("/live/events", numbers(ended))) == b""
+        await reader.task
+        late = Reader(streams.answer("/live/events", numbers(ended)))
+        await late.task
+    assert late.read == b""
     assert streams._open == 0
     assert ended == ["ended"]
 
@@ -202,24 +229,25 @@ async def test_streams_end_when_the_process_stops_and_are_given_back(audit: Audi
 async def test_streams_are_bounded_and_a_refusal_is_audited(
     audit: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams_module, "LIMIT", 1)
+    monkeypatch.setattr(streams_module, "LIMIT", 2)
     streams, ended = Streams(audit.log), list[str]()
-    reading = asyncio.create_task(body_of(streams.answer("/live/events", numbers(ended))))
-    async with asyncio.timeout(5):
-        while not streams._open:
-            await asyncio.sleep(0)
-        with pytest.raises(TooManyStreams):
-            streams.answer("/live/events", numbers(ended))
-        assert audit.denials()[-1]["reason"] == "too_many_streams"
-        reading.cancel()  # the reader is gone
-        await asyncio.gather(reading, return_exceptions=True)
-        assert ended == ["ended"]
-        streams.close()
-        await body_of(streams.answer("/live/events", numbers(ended)))
+    answers = [streams.answer("/live/events", numbers(ended)) for _ in range(5)]  # all in one moment
+    readers = [Reader(answer) for answer in answers]
+    await readers[0].until(b"data: 1")
+    refused = [reader for reader in readers if reader.task.done()]
+    assert [type(reader.task.exception()) for reader in refused] == [TooManyStreams] * 3
+    assert [denial["reason"] for denial in audit.denials()] == ["too_many_streams"] * 3
+    for reader in readers:
+        await reader.leave()
+    assert ended == ["ended"] * 2
+    again = Reader(streams.answer("/live/events", numbers(ended)))
+    await again.until(b"data: 1")
+    await again.leave()
 
 
-def test_an_event_has_a_field_for_each_line() -> None:
-    assert event("a\nb", "part") == b"event: part\ndata: a\ndata: b\n\n"
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_event_has_a_field_for_each_line(end: str) -> None:
+    assert event(f"a{end}b", "part") == b"event: part\ndata: a\ndata: b\n\n"
 
 
 async def test_the_page_shows_the_chain_without_scripts(browser: Browser) -> None:

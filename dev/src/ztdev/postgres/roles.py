@@ -104,6 +104,7 @@ async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles,
             sql.SQL("{} ROLE {} WITH {}").format(sql.SQL(verb), sql.Identifier(role), options)
         )
     for login in (roles.owner, roles.app, roles.app_clone, *((roles.rotator,) if rotator else ())):
+        await _leave_other_groups(connection, login, roles)
         await _grant(connection, roles.connect, login, _MEMBER)
     for twin in (roles.app, roles.app_clone):
         await _grant(connection, roles.rw, twin, _MEMBER)
@@ -208,6 +209,19 @@ async def withdraw_password(connection: Connection, role: str) -> None:
 async def _exists(connection: Connection, catalog: str, column: str, name: str) -> bool:
     query = sql.SQL("SELECT 1 FROM {} WHERE {} = %s").format(sql.Identifier(catalog), sql.Identifier(column))
     return await (await connection.execute(query, [name])).fetchone() is not None
+
+
+async def _leave_other_groups(connection: Connection, login: str, roles: ServiceRoles) -> None:
+    """Take `login` out of every group but its own service's, should somebody have put it there."""
+    query = (
+        "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = %s::regrole "
+        "AND NOT roleid::regrole::text = ANY(%s)"
+    )
+    found = await connection.execute(query, [login, [roles.connect, roles.rw]])
+    for (group,) in await found.fetchall():
+        await connection.execute(
+            sql.SQL("REVOKE {} FROM {}").format(sql.Identifier(str(group)), sql.Identifier(login))
+        )
 
 
 async def _grant(connection: Connection, group: str, member: str, options: sql.SQL) -> None:

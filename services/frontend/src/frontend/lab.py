@@ -53,7 +53,7 @@ class Attack(Model):
     target: str
     control: str
     reason: str
-    second: str | None
+    further: tuple[str, ...]
     file: str
 
 
@@ -65,8 +65,16 @@ class Control(Model):
     pillar: str
 
 
+class Stop(Model):
+    """How one more layer stopped an attack, where those before it were left out."""
+
+    control: str
+    reason: str
+    seen: str
+
+
 class Proof(Model):
-    """What was seen of an attack."""
+    """What was seen of an attack. `seen_without` is what the attacker saw with every layer left out."""
 
     control: str
     reason: str
@@ -75,8 +83,8 @@ class Proof(Model):
     ablation: str
     seen: str
     line: Mapping[str, Any]
+    further: tuple[Stop, ...]
     seen_without: str
-    line_without: Mapping[str, Any]
     seconds: float
     fault: str
 
@@ -142,7 +150,7 @@ class Lab:
 
     async def code(self, file: str) -> str:
         """The text of a file that a control names. Raises a 404 for any other."""
-        return (await self._ask("GET", f"/code/{file}")).text
+        return (await self._ask("GET", "/code", params={"file": file})).text
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -161,7 +169,8 @@ class Lab:
             raise LabUnavailable(str(error) or type(error).__name__) from error
         if answer.status_code == 404:
             raise HTTPException(404, answer.text)
-        answer.raise_for_status()
+        if answer.is_error:
+            raise LabUnavailable(f"It answered {answer.status_code} to {path}.")
         return answer
 
 

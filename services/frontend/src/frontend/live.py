@@ -1,6 +1,8 @@
 """What happens while one watches: identities and logins that change, and what is served meanwhile.
 
 One task looks at the chain every second, and only while somebody listens. All listeners share what it saw.
+It sees one process of each service: where several share an address, each look may meet another one, and what
+is told as a change is then only another process.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ class Watch:
         self._reports: dict[str, ServiceReport] = {}
 
     def see(self, overview: Overview, calls: Calls) -> None:
-        """Take in how the chain is now, and how many calls there were since the process was started."""
+        """Take in how the chain is now, and how many calls there were since the process was started. A look
+        that took longer than the one after it is no news."""
+        if self.overview is not None and overview.at < self.overview.at:
+            return
         if self.began_at is None:
             self.began_at, self._base = overview.at, calls
         self.overview, self.calls = overview, _minus(calls, self._base)
@@ -219,5 +224,5 @@ def _keys(watch: Watch) -> dict[str, str]:
         "services": repr((services, heard, watch.overview.fault)),
         "tally": repr((watch.calls, decided)),
         "changes": repr(list(watch.changes)[:1]),
-        "denials": repr(watch.denials[:1]),
+        "denials": repr(watch.denials),
     }

@@ -18,28 +18,26 @@ TITLES = {
 
 
 class Proof(Model):
-    """What came of an attack, and when. `ablation` says what happened without the control."""
+    """What came of an attack, and when: why the control refused it, and whether that stands in the log."""
 
     reason: str
-    refused: bool
     audited: bool
-    ablation: str
     ok: bool
     at: AwareDatetime
 
-    @property
-    def second(self) -> str | None:
-        """The control that stopped the attack when this one was left out; None: it succeeded."""
-        layer = self.ablation.removeprefix("stopped-by:")
-        return None if layer == self.ablation else layer
-
 
 class Attack(Model):
-    """An attack that proves a control. `proof` is None when it was not run."""
+    """An attack that proves a control. `proof` is None when it was not run.
+
+    The control stopped it with those in `after` left out (none: it was the first to refuse it), and with the
+    control left out, too, the one in `then` stopped it (none: it succeeded).
+    """
 
     id: str
     title: str
     file: str
+    after: tuple[str, ...]
+    then: tuple[str, ...]
     proof: Proof | None
 
 

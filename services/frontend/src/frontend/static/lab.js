@@ -66,7 +66,8 @@
       if (marker.hidden) await travel(marker, "attacker", target);
       part(target).classList.add("held");
       show(row, proof);
-      caption.textContent = `Refused by ${proof.control}: ${proof.reason}. The same again, without ${proof.control} …`;
+      const without = [proof, ...proof.further].map((each) => each.control).join(" and ");
+      caption.textContent = `Refused by ${proof.control}: ${proof.reason}. The same again, without ${without} …`;
     } else if (step === "done") {
       await conclude(row, proof);
     }
@@ -83,12 +84,16 @@
       return;
     }
     part(target).classList.add("held");
-    await travel(ghost, "attacker", target, proof.ablation === "succeeds");
+    await travel(ghost, "attacker", target, true);
     caption.textContent = `Refused by ${proof.control}: ${proof.reason}. Without this control ${outcome(proof)}.`;
   }
 
-  const outcome = (proof) =>
-    proof.ablation === "succeeds" ? "it succeeds" : `${proof.ablation.replace("stopped-by:", "")} stops it`;
+  // What came of it with one control more left out each time, to the end, or as far as it has come.
+  const outcome = (proof, seen = () => "") => {
+    const stops = proof.further.map((stop) => `${stop.control} stops it${seen(stop)}`);
+    const end = proof.seen_without ? [`it succeeds${seen({ seen: proof.seen_without })}`] : [];
+    return [...stops, ...end].join("; without that, too, ");
+  };
 
   // Steps come faster than they can be watched: they are shown one after the other, and when the page falls
   // behind, it leaves out all but the latest attack.
@@ -118,7 +123,7 @@
     put("seen", proof.seen);
     put("line", Object.keys(proof.line).length ? JSON.stringify(proof.line, null, 2) : "");
     find('[data-fact="control"]', facts).className = "reason";
-    put("ablation", proof.ablation ? `${outcome(proof)}: ${proof.seen_without}` : "trying …");
+    put("ablation", outcome(proof, (stop) => `: ${stop.seen}`) || "trying …");
     put("fault", proof.fault);
     find(".fault", facts).hidden = !proof.fault;
     place.replaceChildren(facts);
