@@ -136,12 +136,14 @@ def test_walk_the_tour_by_keyboard(stack: BackgroundStack, page: Page) -> None:
     steps = page.locator(".tour-step")
     assert steps.count() == 6
     titles = [steps.nth(index).locator("h2").text_content() for index in range(6)]
-    seen = []
-    for _ in range(6):
-        expect(page.locator(".tour-step:visible")).to_have_count(1)
-        seen.append(page.locator(".tour-step:visible h2").inner_text())
+    for title in titles:
+        expect(page.locator(".tour-step:visible h2")).to_have_text(title or "")
         page.keyboard.press("ArrowRight")
-    assert seen == titles
+    page.keyboard.press("Home")
+    for _ in range(4):  # faster than the browser tells of a new address
+        page.keyboard.press("ArrowRight", delay=0)
+    expect(page.locator(".tour-step:visible h2")).to_have_text(titles[4] or "")
+    page.keyboard.press("End")
     page.keyboard.press("3")
     expect(page.locator(".tour-step:visible h2")).to_have_text("Attack it")
     assert page.url.endswith("#step-3")

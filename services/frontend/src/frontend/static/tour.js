@@ -19,7 +19,9 @@
 
   function go(number) {
     const to = Math.min(steps.length - 1, Math.max(0, number));
-    if (to !== at) location.hash = steps[to].id;
+    if (to === at) return;
+    show(to, true); // at once: the browser tells of a new hash later, and a key may be pressed again until then
+    location.hash = steps[to].id;
   }
 
   addEventListener("hashchange", () => asked() >= 0 && show(asked(), true));
