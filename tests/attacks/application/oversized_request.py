@@ -7,10 +7,21 @@ from tests.attacks.lab import Answer, Attack, Lab, Layer, Target
 
 
 async def attempt(lab: Lab, target: Target) -> Answer:
-    request = charge()
-    return await lab.attack(
-        target, request | {"body": request["body"] + " " * (2 << 20)}, svid=lab.svid("orders")
-    )
+    """Once with its length, and once in chunks, which don't tell it. Succeeds when one of them is taken."""
+    request, svid = charge(), lab.svid("orders")
+    body = request["body"] + " " * (2 << 20)
+    lines = [
+        "POST /payments HTTP/1.1",
+        "Host: payments",
+        *(f"{name}: {value}" for name, value in request["headers"]),
+        "Transfer-Encoding: chunked",
+    ]
+    chunked = "\r\n".join([*lines, "", f"{len(body):x}", body, "0", "", ""])
+    answers = [
+        await lab.attack(target, each, svid=svid)
+        for each in (request | {"body": body}, {"raw": chunked, "method": "POST"})
+    ]
+    return next((answer for answer in answers if not answer.refused), answers[-1])
 
 
 ATTACK = Attack(
