@@ -218,7 +218,7 @@ def test_killed_dependency_is_started_again_and_orders_work(stack: BackgroundSta
 
 def test_services_know_what_they_need_and_nothing_of_the_caller(stack: BackgroundStack) -> None:
     allowed = {
-        *("PATH", "LANG", "LC_ALL", "TZ", "HOME", "PYTHONUNBUFFERED"),
+        *("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TMPDIR", "PYTHONUNBUFFERED"),
         *("SPIFFE_ENDPOINT_SOCKET", "SPIFFE_ID", "HOST", "PORT", "PROBE_HOST", "PROBE_PORT", "LOG_LEVEL"),
         *("HTTP", "LOOP", "DRAIN_SECONDS", "GRACE_SECONDS"),
     }
