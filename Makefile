@@ -56,6 +56,28 @@ attack: setup ## Attack it: each control refuses its attack, and shows what happ
 proof: setup ## Write docs/proof.md, and the page's copy, from what `make attack` saw
 	@exec .venv/bin/python -m tests.attacks.proof $(ARGS)
 
+##@ In containers, with SPIRE (needs a Docker engine with compose)
+
+.PHONY: up
+up: ## Build the images and start all of docker-compose.yml; again: bring it to what it should be
+	@docker compose version >/dev/null || { echo "Docker with its compose plugin is needed, and an engine that runs." >&2; exit 1; }
+	@docker compose build $(ARGS)
+	@$(if $(PORT),PAGE_PORT=$(PORT)) docker compose up --detach --wait --wait-timeout 300 || { \
+	  docker compose ps --all; echo "Not all is up: \`make logs\` says why." >&2; exit 1; }
+	@echo "The page: http://127.0.0.1:$(or $(PORT),$${PAGE_PORT:-8080})"
+
+.PHONY: down
+down: ## Stop it; ARGS=--volumes forgets its orders and identities, too
+	@docker compose down $(ARGS)
+
+.PHONY: logs
+logs: ## Follow what the containers write; ARGS="orders payments" for some of them
+	@exec docker compose logs --follow --tail 50 $(ARGS)
+
+.PHONY: ps
+ps: ## List the containers, and how they are
+	@exec docker compose ps --all $(ARGS)
+
 ##@ Work on it
 
 .PHONY: setup
@@ -88,6 +110,15 @@ spire: .tools/spire/.built ## Build SPIRE into .tools/spire; 5 to 20 minutes the
 .PHONY: test-spire
 test-spire: setup spire ## Tests against a real SPIRE server and agent
 	@exec .venv/bin/pytest -q tests/spire $(ARGS)
+
+.PHONY: test-compose
+test-compose: setup ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
+	@exec .venv/bin/pytest -q tests/compose $(ARGS)
+
+.PHONY: lint-containers
+lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compose.yml
+	@$(UV) run --quiet --isolated --frozen --only-group containers hadolint services/*/Dockerfile dev/Dockerfile
+	@docker compose config --quiet
 
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl

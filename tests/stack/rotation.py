@@ -178,8 +178,8 @@ class Rotated:
 
 
 @asynccontextmanager
-async def rotations(state: Path, proxies: Collection[int] = ()) -> AsyncIterator[dict[str, Rotated]]:
-    """Both services' rotations, each with a table `things` in its database. `proxies`: see `LocalCloud`."""
+async def rotations(state: Path, names: Collection[str] = ()) -> AsyncIterator[dict[str, Rotated]]:
+    """Both services' rotations, each with a table `things` in its database. `names`: see `LocalCloud`."""
     database_port, cloud_port = choose_free_ports(2)
     package = await asyncio.to_thread(build, state / "package")
     postgres = PostgresServer(state / "postgres", database_port, log_file=state / "postgres.log")
@@ -192,7 +192,7 @@ async def rotations(state: Path, proxies: Collection[int] = ()) -> AsyncIterator
             databases={name: DatabaseAddress("127.0.0.1", database_port) for name in SERVICES},
             rotation=RotationFunction(package.file, postgres.ca_file),
             environment_dir=default_state_directory() / "aws-env",
-            proxies=proxies,
+            names=names,
         )
         async with cloud:
             for service in SERVICES:

@@ -53,7 +53,7 @@ async def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(state: Path) -> AsyncIterator[tuple[Rotated, FaultyAws]]:
     [port] = choose_free_ports(1)
-    async with rotations(state, proxies=[port]) as both:
+    async with rotations(state, names=[f"127.0.0.1:{port}"]) as both:
         orders = both["orders"]
         async with FaultyAws(port, gate=int(orders.cloud.endpoint_url.rpartition(":")[2])) as aws:
             yield orders, aws

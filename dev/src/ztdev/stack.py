@@ -50,11 +50,11 @@ from .errors import ProgramMissing, StackError, explain_os_error
 from .events import Steps
 from .functions import Package, for_this_machine
 from .logfile import LogFile
+from .logins import owner_secret, secret, set_passwords
 from .logview import is_audit, parse_line
 from .managed import ManagedProcess, ProcessSpec, ProcessState, base_environment, describe_exit
 from .options import (
     DATABASE_SERVICES,
-    NAME_PREFIX,
     NAMESPACE,
     SERVICES,
     TRUST_DOMAIN,
@@ -320,22 +320,7 @@ class Stack:
             self._save()
 
     async def _set_passwords(self) -> None:
-        """After a deployment the secrets say which passwords, and the database is told."""
-
-        async def of(service: str) -> None:
-            app, owner, rotator = await asyncio.gather(
-                self.cloud.secret_value(_secret(service)),
-                self.cloud.secret_value(_owner_secret(service)),
-                self.cloud.secret_value(_rotator_secret(service)),
-            )
-            await self.postgres.ensure_service(
-                service,
-                app_password=app["password"],
-                owner_password=owner["password"],
-                rotator_password=rotator["password"],
-            )
-
-        await _together(*(of(service) for service in DATABASE_SERVICES))
+        await set_passwords(self.cloud, self.postgres, DATABASE_SERVICES)
 
     async def _migrate(self, service: str) -> None:
         account = f"{service}-migrate"
@@ -347,7 +332,7 @@ class Stack:
                         argv=(sys.executable, "-m", service, "migrate"),
                         environment=base_environment(self.state.home)
                         | {"LOG_LEVEL": self.options.log_level}
-                        | self._database_environment(service, account, _owner_secret(service), token),
+                        | self._database_environment(service, account, owner_secret(service), token),
                     ),
                     LogFile(self.state.logs / f"{account}.log"),
                     on_change=self._save,
@@ -426,9 +411,7 @@ class Stack:
                 "PAYMENTS_SPIFFE_ID": spiffe_id("payments"),
             }
         if service in DATABASE_SERVICES:
-            environment |= self._database_environment(
-                service, service, _secret(service), self.tokens[service]
-            )
+            environment |= self._database_environment(service, service, secret(service), self.tokens[service])
             if options.rotate_every:  # so that a new version is in use well before the next one
                 environment["DB_SECRET_MAX_AGE_SECONDS"] = (
                     f"{min(60.0, max(1.0, options.rotate_every / 6)):g}"
@@ -679,18 +662,6 @@ class Stack:
         if log is not None:
             moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             log.feed(json.dumps({"time": moment, "log": name, "event": event, **fields}).encode() + b"\n")
-
-
-def _secret(service: str) -> str:
-    return f"{NAME_PREFIX}/{service}/db"
-
-
-def _owner_secret(service: str) -> str:
-    return f"{NAME_PREFIX}/{service}/db-owner"
-
-
-def _rotator_secret(service: str) -> str:
-    return f"{NAME_PREFIX}/{service}/db-rotator"
 
 
 def _address_of(urls: Urls, service: str) -> str:

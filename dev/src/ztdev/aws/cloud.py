@@ -85,15 +85,15 @@ class LocalCloud:
 
     Args:
         state_dir: where the child keeps temporary files; made when it is missing.
-        port: where it listens, on 127.0.0.1.
+        port: where it listens, on `host`.
         issuer: started already; its tokens are the ones that are accepted.
-        log_file: the child's log, appended to.
+        log_file: the child's log, appended to; None when it writes where this process does.
         databases: service name (``orders``, ``payments``) to address.
         rotation: the function to deploy; None deploys none.
         template: the stack to deploy; by default infra/workload.yaml of the checkout.
         environment_dir: the child's Python environment; by default `aws-env` next to `state_dir`.
-        proxies: ports of 127.0.0.1 at which something stands before it: it answers to these, too. (What a
-            client signs holds the address that it knows.)
+        names: other addresses (``host:port``) that clients know it by. (What a client signs holds the address
+            that it knows.)
         on_process: told the child's process, so that a supervisor can record it.
     """
 
@@ -106,12 +106,13 @@ class LocalCloud:
         *,
         port: int,
         issuer: OidcIssuer,
-        log_file: Path,
+        log_file: Path | None,
         databases: Mapping[str, DatabaseAddress],
         rotation: RotationFunction | None = None,
         template: Path | None = None,
         environment_dir: Path | None = None,
-        proxies: Collection[int] = (),
+        host: str = "127.0.0.1",
+        names: Collection[str] = (),
         on_process: Callable[[ProcessRef], None] = lambda _: None,
     ) -> None:
         self._state_dir = state_dir.absolute()
@@ -122,7 +123,8 @@ class LocalCloud:
         self._rotation = rotation
         self._template = template or default_template()
         self._environment_dir = environment_dir or self._state_dir.with_name("aws-env")
-        self._proxies = proxies
+        self._host = host
+        self._names = names
         self._on_process = on_process
         self._admin = _Admin.random()
         self._clients: dict[str, Any] = {}
@@ -240,8 +242,7 @@ class LocalCloud:
     async def _spawn(self, python: Path) -> None:
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._admin, self._clients = _Admin.random(), {}
-        self._log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log = os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log = self._open_log()
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 python,
@@ -255,7 +256,8 @@ class LocalCloud:
                 start_new_session=True,
             )
         finally:
-            os.close(log)
+            if log is not None:
+                os.close(log)
         reference = ProcessRef.of(process.pid)
         if reference is not None:
             self._on_process(reference)
@@ -285,12 +287,12 @@ class LocalCloud:
 
     def _configuration(self) -> dict[str, Any]:
         return {
-            "host": "127.0.0.1",
+            "host": self._host,
             "port": self._port,
             "hosts": [
                 f"127.0.0.1:{self._port}",
                 f"localhost:{self._port}",
-                *(f"127.0.0.1:{port}" for port in self._proxies),
+                *self._names,
             ],
             "account_id": self.account_id,
             "region": self.region,
@@ -311,7 +313,15 @@ class LocalCloud:
         }
         return environment | {"HOME": str(self._state_dir), "PYTHONUNBUFFERED": "1"}
 
+    def _open_log(self) -> int | None:
+        if self._log_file is None:
+            return None
+        self._log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
     def _story(self, what: str) -> str:
+        if self._log_file is None:
+            return f"The local AWS {what}. Its own lines stand before this one."
         try:
             lines = self._log_file.read_text(errors="replace").splitlines()[-15:]
         except OSError:

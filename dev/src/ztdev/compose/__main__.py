@@ -1,0 +1,59 @@
+"""`python -m ztdev.compose PART`: one container of docker-compose.yml each."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+from ztdev.aws.environment import ensure_environment
+from ztdev.errors import StackError
+from ztdev.functions import for_this_machine
+from ztdev.state import default_tools_directory
+
+from . import certificates, cloud, registrar
+
+
+def main() -> int:
+    """Run the part that is named."""
+    parser = argparse.ArgumentParser(prog="python -m ztdev.compose", description=__doc__)
+    parser.add_argument(
+        "part", choices=["tools", "database-certificate", "node-certificate", "registrar", "cloud"]
+    )
+    part = parser.parse_args().part
+    try:
+        if part == "tools":
+            _make_tools()
+        elif part == "database-certificate":
+            certificates.database()
+        elif part == "node-certificate":
+            certificates.node()
+        else:
+            asyncio.run(_until_terminated(registrar.run() if part == "registrar" else cloud.run()))
+    except (StackError, OSError) as error:
+        print(f"{part}: {error}", file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        pass
+    return 0
+
+
+def _make_tools() -> None:
+    """While the image is built: what needs the package index."""
+    tools = default_tools_directory()
+    asyncio.run(ensure_environment(tools / "aws-env", print))
+    print(for_this_machine(tools / "packages").file)
+
+
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await task
+
+
+if __name__ == "__main__":
+    sys.exit(main())

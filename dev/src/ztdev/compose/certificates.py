@@ -1,0 +1,67 @@
+"""Made before anything else runs, each into volumes of its own, and kept until they are about to run out.
+
+The key of the authority that signs is forgotten at once, so nothing can sign a second certificate.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from ztdev.postgres import make_server_tls
+
+#: One that has less left is replaced.
+LEAST_LEFT = timedelta(days=60)
+
+DATABASE = Path("/srv/database")
+NODE = Path("/srv/node")
+
+#: The name of the one node, in its certificate.
+NODE_NAME = "zt-demo node"
+
+
+def database() -> None:
+    """For PostgreSQL: `tls/server.crt` and its key, `authority/ca.pem` for those who call it, and
+    `administrator/password`. Run as the server's user, who must own the key."""
+    certificate = DATABASE / "tls" / "server.crt"
+    if _lasts(certificate):
+        return
+    tls = make_server_tls(("postgres",))
+    _write(DATABASE / "tls" / "server.key", tls.key, 0o600)
+    _write(DATABASE / "authority" / "ca.pem", tls.authorities, 0o644)
+    _write(DATABASE / "administrator" / "password", secrets.token_urlsafe(32).encode(), 0o444)
+    _write(certificate, tls.certificate, 0o644)  # last: what is half done is done again
+
+
+def node() -> None:
+    """For SPIRE: by which certificate the agent is the node (`x509pop`), and its authority for the server.
+    Run as the agent's user."""
+    certificate = NODE / "agent" / "agent.pem"
+    if _lasts(certificate):
+        return
+    tls = make_server_tls(("node",), name=NODE_NAME)
+    _write(NODE / "agent" / "agent.key", tls.key, 0o600)
+    _write(NODE / "authority" / "ca.pem", tls.authorities, 0o644)
+    _write(certificate, tls.certificate, 0o644)
+
+
+def _lasts(file: Path) -> bool:
+    try:
+        certificate = x509.load_pem_x509_certificate(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return certificate.not_valid_after_utc - datetime.now(UTC) > LEAST_LEFT
+
+
+def _write(file: Path, content: bytes, mode: int) -> None:
+    unfinished = file.with_suffix(".new")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as open_file:
+        os.fchmod(descriptor, mode)
+        open_file.write(content)
+    unfinished.replace(file)

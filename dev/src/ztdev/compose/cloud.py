@@ -1,0 +1,134 @@
+"""The local AWS of docker compose: the gate, the issuer of web identities, the logins of the databases.
+
+What the kubelet does on a cluster is done here, too: each service account's token is written into a volume
+that its own container alone has. When the gate ends it is started again, empty, with new passwords; the
+databases are told, and the services read their secrets anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from ztdev.aws.cloud import DatabaseAddress, LocalCloud, RotationFunction
+from ztdev.aws.issuer import OidcIssuer, TokenFile
+from ztdev.control import Control, Request
+from ztdev.functions import for_this_machine
+from ztdev.logins import set_passwords
+from ztdev.options import DATABASE_SERVICES
+from ztdev.postgres import Administration
+from ztdev.rotation import Rotations
+from ztdev.state import default_tools_directory
+
+from .certificates import DATABASE
+from .say import say
+
+PORT = 4566
+TOKENS = Path("/srv/tokens")
+ACCOUNTS = tuple(account for service in DATABASE_SERVICES for account in (service, f"{service}-migrate"))
+CA_FILE = DATABASE / "authority" / "ca.pem"
+
+#: There while the secrets can be read and the databases know them: the health check looks for it.
+READY = Path("/tmp/ready")  # noqa: S108 - of this container alone
+
+#: Seconds between two tries of something that is not there yet.
+AGAIN = 0.5
+
+
+async def run() -> None:
+    """Serve until cancelled."""
+    _mark(ready=False)
+    database = Administration(Path("/var/run/postgresql"), 5432, DATABASE / "administrator" / "password")
+    package = await asyncio.to_thread(for_this_machine, default_tools_directory() / "packages")
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        issuer = await stack.enter_async_context(OidcIssuer(folder / "oidc"))
+        for account in ACCOUNTS:
+            token = TokenFile(
+                TOKENS / account,
+                issuer,
+                service_account=account,
+                on_error=lambda text: say("cloud", "token", detail=text),
+            )
+            await stack.enter_async_context(token)
+        cloud = LocalCloud(
+            folder / "cloud",
+            host="0.0.0.0",  # noqa: S104 - on the networks of those who have a role
+            port=PORT,
+            names=(f"cloud:{PORT}",),
+            issuer=issuer,
+            log_file=None,
+            databases={service: DatabaseAddress("postgres", 5432) for service in DATABASE_SERVICES},
+            rotation=RotationFunction(package.file, CA_FILE),
+            environment_dir=default_tools_directory() / "aws-env",
+        )
+        stack.push_async_callback(cloud.stop)
+        every = float(os.environ.get("ROTATE_EVERY_SECONDS", "60"))
+        rotations = Rotations(cloud, DATABASE_SERVICES, every, _record)
+        control = Control(folder, {"rotate": _rotate(rotations)})
+        await control.start()
+        stack.push_async_callback(control.close)
+        deployed = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_keep_running(cloud, database, rotations, deployed))
+            await deployed.wait()
+            if every:
+                group.create_task(rotations.run())
+
+
+async def _keep_running(
+    cloud: LocalCloud, database: Administration, rotations: Rotations, deployed: asyncio.Event
+) -> None:
+    while True:
+        async with rotations.held():
+            await cloud.start(lambda text: say("cloud", "step", detail=text))
+            await _tell(cloud, database)
+        await rotations.schedule()
+        _mark(ready=True)
+        deployed.set()
+        say("cloud", "ready")
+        code = await cloud.wait()
+        _mark(ready=False)
+        say("cloud", "ended", status=code)
+        await asyncio.sleep(AGAIN)
+
+
+async def _tell(cloud: LocalCloud, database: Administration) -> None:
+    """Tell the databases the passwords, as soon as there is a database."""
+    said = ""
+    while True:
+        try:
+            await database.close_shared_databases()
+            await set_passwords(cloud, database, DATABASE_SERVICES)
+            return
+        except* (psycopg.OperationalError, OSError) as faults:
+            text = str(faults.exceptions[0])
+            if text != said:
+                say("cloud", "waiting", detail=text)
+            said = text
+        await asyncio.sleep(AGAIN)
+
+
+def _mark(*, ready: bool) -> None:
+    if ready:
+        READY.touch()
+    else:
+        READY.unlink(missing_ok=True)
+
+
+def _record(event: str, **facts: Any) -> None:
+    say("rotation", event, **facts)
+
+
+def _rotate(rotations: Rotations) -> Any:
+    async def rotate(request: Request) -> dict[str, Any]:
+        rotation = await rotations.rotate(request["service"], cut_off_at=request["cut_off_at"])
+        return rotation.as_dict()
+
+    return rotate

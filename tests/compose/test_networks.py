@@ -1,0 +1,116 @@
+"""Who reaches whom: what must connect, and what must not, tried from inside of each container."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.compose.conftest import TOOLS, Project, docker
+
+#: Where each container listens; the probes listen on 127.0.0.1 of their own container.
+LISTENS = {
+    "frontend": 8080,
+    "orders": 8443,
+    "payments": 8443,
+    "cloud": 4566,
+    "postgres": 5432,
+    "spire-server": 8081,
+}
+ALL = (*LISTENS, "spire-agent", "registrar")
+
+#: Who has business with whom.
+MUST = {
+    ("frontend", "orders"),
+    ("orders", "payments"),
+    ("orders", "postgres"),
+    ("payments", "postgres"),
+    ("orders", "cloud"),
+    ("payments", "cloud"),
+    ("cloud", "postgres"),
+    ("spire-agent", "spire-server"),
+}
+
+#: The other end of a segment can answer on it, too. What it gets there is a handshake that is refused.
+SAME_SEGMENT = {(to, who) for who, to in MUST}
+
+TRY = """
+import json, socket, sys
+found = []
+for name, host, port in json.loads(sys.argv[1]):
+    try:
+        socket.create_connection((host, port), timeout=1.5).close()
+        found.append(name)
+    except OSError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def reached_from(project: Project, service: str, targets: list[tuple[str, str, int]]) -> set[str]:
+    """Which of `targets` (name, host, port) accept a connection from the network of `service`."""
+    container = project.container(service)["Id"]
+    output = docker(
+        *("run", "--rm", "--network", f"container:{container}", "--entrypoint", "/srv/zt/.venv/bin/python"),
+        *(TOOLS, "-c", TRY, json.dumps(targets)),
+    )
+    return set(json.loads(output))
+
+
+@pytest.fixture(scope="module")
+def addresses(project: Project) -> dict[str, list[str]]:
+    """Every address of each container that listens."""
+    return {
+        service: [
+            network["IPAddress"]
+            for network in project.container(service)["NetworkSettings"]["Networks"].values()
+            if network["IPAddress"]
+        ]
+        for service in LISTENS
+    }
+
+
+@pytest.mark.parametrize("service", ALL)
+def test_each_container_reaches_those_it_has_business_with_and_nobody_else(
+    project: Project, addresses: dict[str, list[str]], service: str
+) -> None:
+    targets = [
+        (name, address, LISTENS[name])
+        for name, known in addresses.items()
+        if name != service
+        for address in known
+    ]
+    by_name = [(name, name, LISTENS[name]) for name in LISTENS if name != service]
+    reached = reached_from(project, service, [*targets, *by_name])
+    must = {to for who, to in MUST if who == service}
+    may = must | {to for who, to in SAME_SEGMENT if who == service}
+    assert must <= reached
+    assert reached <= may
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    """Somebody listens on all addresses of this machine."""
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("service", [service for service in ALL if service != "frontend"])
+def test_nothing_inside_reaches_this_machine(project: Project, listener: int, service: str) -> None:
+    """The page's own network is published, and so has the machine at its other end."""
+    ours = {
+        address
+        for network in json.loads(docker("network", "inspect", "bridge", f"{project.name}_edge"))
+        for config in network["IPAM"]["Config"]
+        if (address := config.get("Gateway"))
+    }
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: which address would be ours
+        ours.add(probe.getsockname()[0])
+    for address in ours:
+        socket.create_connection((address, listener), timeout=2).close()
+    inspected = project.container(service)["NetworkSettings"]["Networks"].values()
+    ours |= {network["Gateway"] for network in inspected if network["Gateway"]}
+    assert reached_from(project, service, [(address, address, listener) for address in sorted(ours)]) == set()

@@ -1,0 +1,78 @@
+"""Each container dies in turn, the server loses all it knew, the machine sleeps: what goes on, what returns."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.compose.conftest import Project, docker
+from tests.compose.test_rotation import Load, until
+from ztdev.shop import Visitor
+
+
+def an_order_is_paid(project: Project) -> bool:
+    try:
+        with Visitor(project.url) as visitor:
+            return bool(visitor.order()["order"]["status"] == "paid")
+    except Exception:
+        return False
+
+
+def all_is_healthy(project: Project, *services: str) -> bool:
+    return all(project.container(service)["State"]["Health"]["Status"] == "healthy" for service in services)
+
+
+@pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "cloud"])
+def test_orders_go_on_while_what_gives_identities_and_secrets_is_away(project: Project, service: str) -> None:
+    """What was given lives on for a while, and is renewed in time by what comes back."""
+    load = Load(project)
+    with load.running():
+        until(lambda: load.outcomes["paid"] > 5, 30, "orders before")
+        docker("kill", "--signal", "KILL", project.container(service)["Id"])
+        served = load.outcomes["paid"]
+        until(lambda: load.outcomes["paid"] > served + 10, 30, f"orders without {service}")
+        docker("start", project.container(service)["Id"])
+        until(lambda: all_is_healthy(project, service), 60, f"{service} is back")
+        served = load.outcomes["paid"]
+        until(lambda: load.outcomes["paid"] > served + 10, 30, f"orders with {service} again")
+    assert load.failed == {}
+
+
+@pytest.mark.parametrize("service", ["postgres", "payments", "orders", "frontend"])
+def test_a_part_of_the_chain_dies_and_comes_back(project: Project, service: str) -> None:
+    assert an_order_is_paid(project)
+    docker("kill", "--signal", "KILL", project.container(service)["Id"])
+    assert not an_order_is_paid(project)
+    docker("start", project.container(service)["Id"])
+    until(lambda: an_order_is_paid(project), 60, f"an order after {service} has died")
+    until(lambda: all_is_healthy(project, service), 60, f"{service} is healthy")
+
+
+def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -> None:
+    """Another authority, no entries, no agents: the registrar and the agent begin anew, by themselves."""
+    data = f"{project.name}_spire-data"
+    docker("kill", "--signal", "KILL", project.container("spire-server")["Id"])
+    wipe = "import os; [os.unlink(entry) for entry in os.scandir('/data')]"
+    docker(
+        *("run", "--rm", "--volume", f"{data}:/data", "--entrypoint", "/srv/zt/.venv/bin/python"),
+        *("zt-demo/dev:local", "-c", wipe),
+    )
+    docker("start", project.container("spire-server")["Id"])
+    until(lambda: all_is_healthy(project, "spire-server", "registrar", "spire-agent"), 90, "SPIRE is back")
+    until(lambda: an_order_is_paid(project), 120, "an order by identities of the new authority")
+
+
+def test_a_machine_that_slept_until_everything_had_run_out(project: Project) -> None:
+    """No certificate is valid any more, the agent's and the authority's neither."""
+    assert an_order_is_paid(project)
+    project.compose("pause")
+    time.sleep(LONGER_THAN_ANY_LIFE)
+    project.compose("unpause")
+    began = time.monotonic()
+    until(lambda: an_order_is_paid(project), 120, "an order after the sleep")
+    print(f"the first order was paid {time.monotonic() - began:.0f} s after the machine woke up")
+
+
+#: Seconds; see `conftest.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
+LONGER_THAN_ANY_LIFE = 160.0
