@@ -1,4 +1,4 @@
-"""Each container dies in turn, the server loses all it knew, the machine sleeps: what goes on, what returns."""
+"""Each container dies, the server loses all it knew, the machine sleeps: what goes on, and what returns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 from tests.compose.conftest import Project, docker
 from tests.compose.test_rotation import Load, until
 from ztdev.shop import Visitor
+
+#: Seconds; see `conftest.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
+LONGER_THAN_ANY_LIFE = 160.0
 
 
 def an_order_is_paid(project: Project) -> bool:
@@ -63,6 +66,7 @@ def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -
     until(lambda: an_order_is_paid(project), 120, "an order by identities of the new authority")
 
 
+@pytest.mark.timeout(420)
 def test_a_machine_that_slept_until_everything_had_run_out(project: Project) -> None:
     """No certificate is valid any more, the agent's and the authority's neither."""
     assert an_order_is_paid(project)
@@ -72,7 +76,3 @@ def test_a_machine_that_slept_until_everything_had_run_out(project: Project) -> 
     began = time.monotonic()
     until(lambda: an_order_is_paid(project), 120, "an order after the sleep")
     print(f"the first order was paid {time.monotonic() - began:.0f} s after the machine woke up")
-
-
-#: Seconds; see `conftest.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
-LONGER_THAN_ANY_LIFE = 160.0

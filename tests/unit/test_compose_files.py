@@ -1,0 +1,89 @@
+"""docker-compose.yml, the Dockerfiles and docs/compose.md say the same, without an engine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ztdev.compose.certificates import NODE_NAME
+from ztdev.compose.registrar import Entry, wanted
+from ztdev.options import SERVICES, spiffe_id
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docker-compose.yml").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
+DOCKERFILES = sorted([*ROOT.glob("services/*/Dockerfile"), ROOT / "dev" / "Dockerfile"])
+DOCUMENT = (ROOT / "docs" / "compose.md").read_text()
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.parent.name)
+def test_an_image_is_made_by_the_locked_uv_of_every_manifest(file: Path) -> None:
+    locked = re.search(r'bootstrap = \["uv==(\S+)"\]', (ROOT / "pyproject.toml").read_text())
+    assert locked is not None
+    text = file.read_text()
+    assert re.findall(r"uv==(\S+)", text) == [locked[1]]
+    manifests = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/*/pyproject.toml")}
+    assert {*re.findall(r"COPY (\S+)/pyproject\.toml", text)} == manifests | {"dev"}
+    assert "# syntax=" not in text
+
+
+def test_every_setting_is_documented_and_no_other() -> None:
+    named = set(re.findall(r"\$\{([A-Z_]+):-", TEXT)) - {"COMPOSE_PROJECT_NAME", "DOCKER_SOCKET"}
+    paragraph = next(part for part in DOCUMENT.split("\n\n") if part.startswith("Settings are variables"))
+    assert set(re.findall(r"`([A-Z_]+)`", paragraph)) == named
+
+
+def test_every_image_has_a_tag_and_none_is_latest() -> None:
+    for service in COMPOSE["services"].values():
+        name, _, tag = service["image"].rpartition(":")
+        assert name
+        assert tag not in ("", "latest")
+        assert ("build" not in service) or service["pull_policy"] == "never"
+
+
+def test_two_that_have_no_business_share_no_network() -> None:
+    members: dict[str, set[str]] = {}
+    for name, service in COMPOSE["services"].items():
+        for network in service.get("networks", ()):
+            members.setdefault(network, set()).add(name)
+    assert members == {
+        "edge": {"frontend"},
+        "frontend-orders": {"frontend", "orders"},
+        "orders-payments": {"orders", "payments"},
+        "orders-db": {"orders", "orders-migrate", "postgres", "cloud"},
+        "payments-db": {"payments", "payments-migrate", "postgres", "cloud"},
+        "aws": {"orders", "orders-migrate", "payments", "payments-migrate", "cloud"},
+        "identity": {"spire-server", "spire-agent"},
+    }
+    assert {name for name, network in COMPOSE["networks"].items() if not network.get("internal")} == {"edge"}
+
+
+def test_the_images_of_the_entries_are_those_that_run() -> None:
+    told = COMPOSE["services"]["registrar"]["environment"]
+    assert {service: told[f"{service.upper()}_IMAGE"] for service in SERVICES} == {
+        service: COMPOSE["services"][service]["image"] for service in SERVICES
+    }
+
+
+def test_an_entry_is_known_again_as_the_server_tells_it() -> None:
+    node, payments = wanted("zt-demo", {"payments": "zt-demo/payments:local"})
+    told = {
+        "id": "payments",
+        "spiffe_id": {"trust_domain": "zt.example", "path": "/ns/zt-demo/sa/payments"},
+        "parent_id": {"trust_domain": "zt.example", "path": "/node"},
+        "selectors": [
+            {"type": "docker", "value": "label:com.docker.compose.oneoff:False"},
+            {"type": "docker", "value": "image_id:zt-demo/payments:local"},
+            {"type": "docker", "value": "label:com.docker.compose.service:payments"},
+            {"type": "docker", "value": "label:com.docker.compose.project:zt-demo"},
+        ],
+        "x509_svid_ttl": 0,
+    }
+    assert Entry.from_json(told) == payments
+    assert payments.spiffe_id == spiffe_id("payments")
+    assert node.selectors == {f"x509pop:subject:cn:{NODE_NAME}"}
+    assert Entry.from_json(told | {"selectors": told["selectors"][1:]}) != payments  # type: ignore[index]
