@@ -52,6 +52,10 @@ attack: setup ## Attack it: each control refuses its attack, and shows what happ
 	@.venv/bin/ztdev prepare
 	@exec .venv/bin/python -m tests.attacks $(ARGS)
 
+.PHONY: attack-containers
+attack-containers: setup ## Attack docker-compose.yml, in a project of its own (needs a Docker engine)
+	@exec .venv/bin/python -m tests.attacks --containers $(ARGS)
+
 .PHONY: proof
 proof: setup ## Write docs/proof.md, and the page's copy, from what `make attack` saw
 	@exec .venv/bin/python -m tests.attacks.proof $(ARGS)
@@ -119,6 +123,14 @@ test-compose: setup ## Tests of docker-compose.yml, in a project of its own on t
 lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compose.yml
 	@$(UV) run --quiet --isolated --frozen --only-group containers hadolint services/*/Dockerfile dev/Dockerfile
 	@docker compose config --quiet
+
+.PHONY: sbom
+sbom: setup ## Write what each image is made of, from uv.lock, into build/sbom (CycloneDX)
+	@mkdir -p build/sbom
+	@for service in frontend orders payments; do \
+	  $(UV) export --quiet --frozen --no-dev --package $$service --preview-features sbom-export \
+	    --format cyclonedx1.5 --output-file build/sbom/$$service.cdx.json >/dev/null; done
+	@echo "build/sbom"
 
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl

@@ -12,10 +12,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from tests.attacks.catalogue import load_attacks
+from tests.attacks.catalogue import load_all_attacks, load_attacks, load_container_attacks
 from tests.attacks.controls import PILLARS, ROOT, Control, load_controls
 from tests.attacks.lab import Attack, Lab, Proof, prove
 from tests.attacks.matrix import matrix
@@ -55,19 +56,33 @@ async def prove_all(attacks: list[Attack], console: Console) -> list[Proof]:
     return proofs
 
 
+async def prove_in_containers(attacks: list[Attack], console: Console) -> list[Proof]:
+    """Start the compose project under a name of its own, run `attacks`, take it down."""
+    from tests.attacks.containers.container_lab import ContainerLab
+    from tests.compose.project import running
+
+    console.print("  • building the images, and starting docker-compose.yml")
+    with running() as project:
+        return await _prove_each(attacks, ContainerLab(project), console, [])
+
+
 async def _prove_all(
     attacks: list[Attack], stack: Stack, console: Console, progress: Progress, proofs: list[Proof]
 ) -> None:
     try:
         async with stack:
             progress.close()
-            lab = Lab(stack)
-            for number, attack in enumerate(attacks, 1):
-                proof = await prove(attack, lab)
-                proofs.append(proof)
-                _tell(console, f"{number:3}/{len(attacks)}", attack, proof)
+            await _prove_each(attacks, Lab(stack), console, proofs)
     finally:
         progress.close()
+
+
+async def _prove_each(attacks: list[Attack], lab: Any, console: Console, proofs: list[Proof]) -> list[Proof]:
+    for number, attack in enumerate(attacks, 1):
+        proof = await prove(attack, lab)
+        proofs.append(proof)
+        _tell(console, f"{number:3}/{len(attacks)}", attack, proof)
+    return proofs
 
 
 def _tell(console: Console, place: str, attack: Attack, proof: Proof) -> None:
@@ -84,26 +99,31 @@ def _list(attacks: list[Attack], controls: dict[str, Control], console: Console)
         console.print(f"{attack.id:26} {pillar:12} {attack.title}", markup=False, soft_wrap=True)
 
 
-def _arguments(attacks: list[Attack]) -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.attacks",
         description="Prove every control: attack a stack of its own, and the same with the control left out.",
     )
     parser.add_argument("attack", nargs="*", help="ids of attacks (see --list); all when none is named")
     parser.add_argument("--pillar", choices=PILLARS, help="only the attacks on this pillar's controls")
+    parser.add_argument(
+        "--containers", action="store_true", help="those on docker-compose.yml, with the Docker engine here"
+    )
     parser.add_argument("--list", action="store_true", help="list the attacks, and run none")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "build" / "proof.json", help="default: %(default)s"
     )
     arguments = parser.parse_args()
-    if unknown := set(arguments.attack) - {attack.id for attack in attacks}:
+    here = load_container_attacks() if arguments.containers else load_attacks()
+    if unknown := set(arguments.attack) - {attack.id for attack in here}:
         parser.error(f"no attack is called {sorted(unknown)[0]!r}; --list shows them")
     return arguments
 
 
 def main() -> int:
-    attacks, controls, console = load_attacks(), load_controls(), make_console()
-    arguments, began = _arguments(attacks), time.monotonic()
+    controls, console = load_controls(), make_console()
+    arguments, began = _arguments(), time.monotonic()
+    attacks = load_container_attacks() if arguments.containers else load_attacks()
     chosen = [
         attack
         for attack in attacks
@@ -114,11 +134,14 @@ def main() -> int:
         _list(chosen, controls, console)
         return 0
     try:
-        proofs = asyncio.run(prove_all(chosen, console))
+        run = prove_in_containers if arguments.containers else prove_all
+        proofs = asyncio.run(run(chosen, console))
     except StackError as error:
         print_error(str(error))
         return int(error.exit_status)
-    write_proofs(arguments.json, proofs, attacks, controls)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    write_proofs(arguments.json, proofs, load_all_attacks().values(), controls)
     console.print(matrix(chosen[: len(proofs)], proofs, controls))
     failed = [proof.attack for proof in proofs if not proof.ok]
     console.print(

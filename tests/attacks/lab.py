@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,8 @@ class Target:
     """Whom an attack is made on: its port on 127.0.0.1, and the decisions that it has written down.
 
     `tells_reason` says whether its lines hold the reason code; the Workload API's hold a sentence. `file` is
-    one that the attacker writes, where the attack is about that.
+    one that the attacker writes, where the attack is about that. `place` is where an attacker of containers
+    is: options of `docker run`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Target:
     lines: Callable[[], list[Line]]
     tells_reason: bool = True
     file: Path | None = None
+    place: tuple[str, ...] = ()
 
     async def find(self, after: int, timeout: float = 10.0, **fields: Any) -> Line:
         """The first line from number `after` on that has `fields`. `TimeoutError` tells what came instead."""
@@ -101,7 +104,8 @@ class Layer:
     told: str = ""
 
 
-Call = Callable[["Lab", Target], Awaitable[Answer]]
+# The first argument is the lab that the attack is made in: `Lab`, or that of the containers.
+Call = Callable[[Any, Target], Awaitable[Answer]]
 Step = Literal["rightful", "attempt", "refused", "without", "done"]
 
 #: Whom a service takes a caller for that shows nothing, where it does not ask.
@@ -110,7 +114,7 @@ NOBODY = "spiffe://nobody.invalid"
 LeftOut = tuple[str, ...]
 """The controls that are left out; nothing is, where there is none."""
 
-Door = Callable[["Lab", LeftOut], AbstractAsyncContextManager[Target]]
+Door = Callable[[Any, LeftOut], AbstractAsyncContextManager[Target]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +152,15 @@ class Attack:
         """Its module, from the root of the tree on."""
         return self.attempt.__module__.replace(".", "/") + ".py"
 
-    def open(self, lab: Lab, left_out: LeftOut) -> AbstractAsyncContextManager[Target]:
+    def open(self, lab: Any, left_out: LeftOut) -> AbstractAsyncContextManager[Target]:
         """Where it is made, with `left_out` left out."""
-        if self.door is not None:
-            return self.door(lab, left_out)
-        if left_out:
-            return lab.variant(left_out, self.target)
-        return contextlib.nullcontext(lab.target(self.target))
+        return (self.door or partial(_of_service, self.target))(lab, left_out)
+
+
+def _of_service(name: str, lab: Lab, left_out: LeftOut) -> AbstractAsyncContextManager[Target]:
+    if left_out:
+        return lab.variant(left_out, name)
+    return contextlib.nullcontext(lab.target(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +388,7 @@ class _WeakCloud(LocalCloud):
 Report = Callable[[Step, Proof], None]
 
 
-async def prove(attack: Attack, lab: Lab, report: Report = lambda step, proof: None) -> Proof:
+async def prove(attack: Attack, lab: Any, report: Report = lambda step, proof: None) -> Proof:
     """Run one attack. Never raises for what went otherwise than declared: `Proof.fault` tells.
 
     `report` hears of each step as it begins, with what has been seen by then: the `rightful` call, the
@@ -416,7 +422,7 @@ class NotProved(AssertionError):
     """The stack did something else than the attack declares."""
 
 
-async def _prove(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> None:
+async def _prove(attack: Attack, lab: Any, proof: Proof, tell: Report) -> None:
     tell("rightful", proof)
     for number, layer in enumerate(attack.layers):
         async with attack.open(lab, attack.controls[:number]) as target:
@@ -438,7 +444,7 @@ async def _prove(attack: Attack, lab: Lab, proof: Proof, tell: Report) -> None:
     tell("without", proof.succeeded(answer))
 
 
-async def _rightful(attack: Attack, lab: Lab, target: Target) -> None:
+async def _rightful(attack: Attack, lab: Any, target: Target) -> None:
     answer = await attack.rightful(lab, target)
     if answer.refused:
         raise NotProved(f"the rightful call to {target.name} was refused: {answer}")

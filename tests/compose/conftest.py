@@ -1,107 +1,15 @@
-"""The compose project, started once for all tests, on whatever Docker engine runs here.
-
-It has a name and a port of its own, so that one which a person has up is left alone, and is taken down with
-its volumes at the end.
-"""
+"""The compose project, started once for all tests."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ztdev.ports import choose_free_ports
-
-ROOT = Path(__file__).parents[2]
-
-#: Short lives, so that everything is renewed, or runs out, while somebody waits for it.
-LIVES = {"SVID_TTL": "20s", "AGENT_TTL": "60s", "CA_TTL": "150s", "ROTATE_EVERY_SECONDS": "15"}
-
-#: What the containers wrote, for whoever looks for the reason of a failure.
-LOG = ROOT / "build" / "compose.log"
-
-#: An image with Python in it, for what is tried from inside.
-TOOLS = "zt-demo/dev:local"
-
-
-def docker(*arguments: str, timeout: float = 120, **more: Any) -> str:
-    """What a docker command prints. Raises with what it said when it fails."""
-    done = subprocess.run(
-        ["docker", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        **more,
-    )
-    if done.returncode != 0:
-        raise AssertionError(
-            f"docker {' '.join(arguments[:4])}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        )
-    return str(done.stdout)
-
-
-@dataclass
-class Project:
-    """The project that is up."""
-
-    name: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return os.environ | LIVES | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
-
-    def compose(self, *arguments: str, timeout: float = 300) -> str:
-        return docker("compose", *arguments, timeout=timeout, env=self.environment)
-
-    def up(self) -> None:
-        """Start it, or bring it back to what it should be, and wait until it is healthy."""
-        try:
-            self.compose("up", "--detach", "--wait", "--wait-timeout", "240", timeout=900)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.logs()}") from None
-
-    def logs(self, *services: str, lines: int = 15) -> str:
-        return self.compose("logs", "--no-color", "--tail", str(lines), *services)
-
-    @cached_property
-    def services(self) -> list[str]:
-        return self.compose("config", "--services").split()
-
-    def container(self, service: str) -> dict[str, Any]:
-        """What `docker inspect` says of the container of `service`, which may have ended."""
-        name = self.compose("ps", "--all", "--quiet", service).strip()
-        found: dict[str, Any] = json.loads(docker("inspect", name))[0]
-        return found
-
-    def python(self, service: str, program: str, *arguments: str) -> str:
-        """Run a program in the container of `service`, as its user."""
-        python = self.container(service)["Config"]["Entrypoint"][0]
-        return self.compose("exec", "-T", service, python, "-c", program, *arguments)
+from tests.compose.project import Project, running
 
 
 @pytest.fixture(scope="session")
 def project() -> Iterator[Project]:
-    (port,) = choose_free_ports(1)
-    project = Project(f"zt-test-{os.getpid()}", port)
-    docker("compose", "build", "--quiet", timeout=1200, env=project.environment)
-    try:
-        project.up()
+    with running() as project:
         yield project
-    finally:
-        LOG.parent.mkdir(exist_ok=True)
-        LOG.write_text(project.logs(lines=2000))
-        project.compose("down", "--volumes", "--timeout", "20")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from tests.compose.conftest import Project
+from tests.compose.project import Project
 from ztdev.shop import Visitor
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.compose.conftest import ROOT, TOOLS, Project, docker
+from tests.compose.project import ROOT, TOOLS, Project, docker
 
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compose.conftest import TOOLS, Project, docker
+from tests.compose.project import TOOLS, Project, docker
 
 #: Where each container listens; the probes listen on 127.0.0.1 of their own container.
 LISTENS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.compose.conftest import Project
+from tests.compose.project import Project
 from ztdev.shop import Visitor
 
 SERVER = ("/opt/spire/bin/spire-server",)

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from tests.compose.conftest import Project, docker
+from tests.compose.project import Project, docker
 from tests.compose.test_rotation import Load, until
 from ztdev.shop import Visitor
 
-#: Seconds; see `conftest.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
+#: Seconds; see `project.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
 LONGER_THAN_ANY_LIFE = 160.0
 
 

@@ -19,7 +19,7 @@ from frontend.lab import Lab
 from frontend.orders import Orders
 from frontend.settings import Settings
 from frontend.streams import Streams
-from tests.attacks.catalogue import load_attacks
+from tests.attacks.catalogue import load_all_attacks, load_attacks
 from tests.attacks.controls import load_controls
 from tests.attacks.lab import Attack, Proof, Report
 from tests.attacks.lab import Lab as RunningLab
@@ -233,7 +233,7 @@ async def test_the_pillars_show_what_is_proved_and_what_is_not(
     async with opened(made, orders, audit) as shop:
         page = (await shop.get("/pillars")).text
     text = text_of(page)
-    assert f"3 of {len(load_attacks())} attacks proved, last on 2026-01-02 03:04:05 UTC." in text
+    assert f"3 of {len(load_all_attacks())} attacks proved, last on 2026-01-02 03:04:05 UTC." in text
     first = "first_reason read back from the log. Without this control"
     assert f"{first} it succeeds." in text
     assert f"{first} served-routes stops it." in text
@@ -241,7 +241,7 @@ async def test_the_pillars_show_what_is_proved_and_what_is_not(
         "With route-policy left out: second_reason read back from the log. Without this control, too, it"
     )
     assert f"{left_out} succeeds." in text
-    assert "With no-framing left out: told_reason told by the page." in text
+    assert "With no-framing left out: told_reason seen from outside." in text
     assert "not proved" in text
     assert "not run yet" in text
     assert 'href="/lab/code/libs/ztmtls/src/ztmtls/verify.py"' in page

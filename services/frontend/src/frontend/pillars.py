@@ -27,7 +27,8 @@ class Proof(Model):
 
 
 class Attack(Model):
-    """An attack that proves a control. `proof` is None when it was not run.
+    """An attack that proves a control. `proof` is None when it was not run; `in_containers` says that it is
+    made on docker-compose.yml, and not by the page's lab.
 
     The control stopped it with those in `after` left out (none: it was the first to refuse it), and with the
     control left out, too, the one in `then` stopped it (none: it succeeded).
@@ -36,6 +37,7 @@ class Attack(Model):
     id: str
     title: str
     file: str
+    in_containers: bool
     after: tuple[str, ...]
     then: tuple[str, ...]
     proof: Proof | None

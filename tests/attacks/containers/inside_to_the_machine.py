@@ -1,0 +1,58 @@
+"""A container goes to the machine that it runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+from tests.attacks.containers.container_lab import CONNECT, ContainerLab, Place, at
+from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
+from tests.compose.project import docker
+
+#: The network that the engine itself brings.
+ORDINARY: Place = ("--network", "bridge")
+
+
+async def rightful(lab: ContainerLab, target: Target) -> Answer:
+    """An ordinary container, on the engine's own network, reaches it: somebody listens there."""
+    return await _connect(ORDINARY, lab)
+
+
+async def attempt(lab: ContainerLab, target: Target) -> Answer:
+    return await _connect(target.place, lab)
+
+
+async def _connect(place: Place, lab: ContainerLab) -> Answer:
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        port = server.getsockname()[1]
+        targets = [(address, port) for address in await asyncio.to_thread(_our_addresses, lab)]
+        return await lab.run(CONNECT, {"targets": targets}, *place)
+
+
+def _our_addresses(lab: ContainerLab) -> list[str]:
+    networks = json.loads(docker("network", "inspect", "bridge", f"{lab.project.name}_edge"))
+    gateways = [config["Gateway"] for network in networks for config in network["IPAM"]["Config"]]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: which address would be ours
+        return [*gateways, probe.getsockname()[0]]
+
+
+@contextlib.asynccontextmanager
+async def door(lab: ContainerLab, left_out: LeftOut) -> AsyncIterator[Target]:
+    """In the place of orders; with something left out, on a network that is like any other."""
+    yield at(ORDINARY if left_out else await lab.network_of("orders"))
+
+
+ATTACK = Attack(
+    id="inside-to-the-machine",
+    title="A service calls the machine",
+    story="Orders was broken into, and calls what listens on the machine that runs the containers.",
+    target="orders",
+    door=door,
+    rightful=rightful,
+    attempt=attempt,
+    layers=(Layer("no-way-out", "no_route", None),),
+)

@@ -1,0 +1,74 @@
+"""What the images are made of: told beforehand, allowed to be there, and the same each time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from tests.compose.project import ROOT, Project, docker
+from ztdev.options import SERVICES
+
+INSTALLED = """
+import importlib.metadata, json
+found = {}
+for each in importlib.metadata.distributions():
+    told = each.metadata
+    classifiers = [text for text in told.get_all("Classifier") or () if text.startswith("License ::")]
+    licence = told.get("License-Expression") or " AND ".join(text.split(" :: ")[-1] for text in classifiers)
+    found[each.name] = each.version, licence or (told.get("License") or "").split("\\n")[0]
+print(json.dumps(found))
+"""
+
+#: By their SPDX names, and as older packages write them. The LGPL is psycopg's, which is used as it is.
+ALLOWED = {
+    *("Apache-2.0", "Apache Software License", "MIT", "MIT-0", "MIT License", "PSF-2.0", "LGPL-3.0-only"),
+    *("BSD-2-Clause", "BSD-3-Clause", "3-Clause BSD License", "BSD License"),
+    *("Python Software Foundation License", "Mozilla Public License 2.0 (MPL 2.0)"),
+}
+
+
+def installed(service: str) -> dict[str, tuple[str, str]]:
+    """Version and licence of every distribution in the image of `service`."""
+    image = f"zt-demo/{service}:local"
+    found: dict[str, tuple[str, str]] = json.loads(
+        docker("run", "--rm", "--entrypoint", "/opt/zt/bin/python", image, "-c", INSTALLED)
+    )
+    return found
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_bill_of_materials_names_all_that_is_in_the_image(project: Project, service: str) -> None:
+    subprocess.run(["make", "--silent", "sbom"], cwd=ROOT, check=True, timeout=100)
+    bill = json.loads((ROOT / "build" / "sbom" / f"{service}.cdx.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    listed = {normal(each["name"]): each["version"] for each in bill["components"]}
+    listed |= {normal(service): bill["metadata"]["component"]["version"]}
+    for name, (version, _) in installed(service).items():
+        assert listed.get(normal(name)) == version, name
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_licence_is_one_that_we_know(project: Project, service: str) -> None:
+    for name, (_, licence) in installed(service).items():
+        parts = re.split(r" AND | OR |; ", licence)
+        assert set(parts) <= ALLOWED, (name, licence)
+
+
+@pytest.mark.timeout(400)
+def test_an_image_is_the_same_each_time(project: Project) -> None:
+    """Made twice from the same tree, without anything that was kept: the same layers, byte by byte."""
+    layers = []
+    for _ in range(2):
+        built = docker(
+            *("build", "--quiet", "--no-cache", "--file", "services/frontend/Dockerfile", "."), timeout=300
+        ).strip()
+        layers.append(docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", built))
+        docker("image", "rm", "--force", built)
+    assert layers[0] == layers[1]
