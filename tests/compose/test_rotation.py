@@ -123,6 +123,8 @@ def test_no_order_fails_while_everything_is_replaced(project: Project) -> None:
             return all(serials[service] > before[service] for service in serials)
 
         until(renewed, 60, "every certificate is signed by the new authority")
+        # The server renews its own certificate some seconds later than all others; should the agent meet the
+        # old one before, it begins anew by itself.
         spire(project, "localauthority", "x509", "revoke", "-authorityID", old)
         served = load.outcomes["paid"]
         until(lambda: load.outcomes["paid"] > served + 10, 60, "orders after the old authority is gone")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.mtls.conftest import free_port
@@ -100,6 +102,7 @@ class Spire:
         self.folder = folder
         self._root = root
         self._ttls = {"ca_ttl": ca_ttl, "agent_ttl": agent_ttl}
+        self.port = free_port()
         self.endpoint = f"unix:{folder}/agent.sock"
         self._server: subprocess.Popen[bytes] | None = None
         self._agent: subprocess.Popen[bytes] | None = None
@@ -108,7 +111,7 @@ class Spire:
         """Start the server, then the agent with a join token."""
         for name in ("server", "agent"):
             (self.folder / name).mkdir()
-        settings = {"folder": self.folder, "domain": TRUST_DOMAIN, "port": free_port(), **self._ttls}
+        settings = {"folder": self.folder, "domain": TRUST_DOMAIN, "port": self.port, **self._ttls}
         upstream = UPSTREAM.format(folder=self.folder) if self._root else ""
         if self._root is not None:
             (self.folder / "root.pem").write_bytes(self._root.certificate.public_bytes(Encoding.PEM))
@@ -211,6 +214,18 @@ class Spire:
         """Take one step of a rotation: `prepare`, `activate`, `taint` or `revoke`."""
         which = ["-authorityID", authority_id] if authority_id else []
         await self._ask("localauthority", "x509", step, *which)
+
+    async def own_authority(self) -> str:
+        """Which authority has signed the certificate that the server itself presents now."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # only read
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=context)
+        presented = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.transport.abort()
+        names = x509.load_der_x509_certificate(presented).extensions
+        identifier = names.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        return identifier.hex() if identifier else ""
 
     # --- processes ---
 
