@@ -78,6 +78,10 @@ down: ## Stop it; ARGS=--volumes forgets its orders and identities, too
 logs: ## Follow what the containers write; ARGS="orders payments" for some of them
 	@exec docker compose logs --follow --tail 50 $(ARGS)
 
+.PHONY: rotate
+rotate: ## Rotate the database logins of the containers now; ARGS=orders for one of them
+	@exec docker compose exec cloud /srv/zt/.venv/bin/python -m ztdev.compose rotate $(ARGS)
+
 .PHONY: ps
 ps: ## List the containers, and how they are
 	@exec docker compose ps --all $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -86,6 +87,18 @@ for line in urllib.request.urlopen("http://127.0.0.1:9090/metrics", timeout=2).r
 def authorities_trusted(project: Project, service: str) -> int:
     """How many authorities `service` trusts now, as its own metrics say."""
     return round(float(project.python(service, TRUSTED)))
+
+
+def test_a_login_is_replaced_when_somebody_asks(project: Project) -> None:
+    def login() -> str:
+        orders = next(each for each in chain(project) if each["service"] == "orders")
+        return str(orders["credentials"]["version"])
+
+    before = login()
+    python = project.container("cloud")["Config"]["Entrypoint"][0]
+    said = project.compose("exec", "-T", "cloud", python, "-m", "ztdev.compose", "rotate", "orders")
+    assert re.search(r"orders: orders_app(_clone)? → orders_app(_clone)?  version", said)
+    until(lambda: login() != before, 30, "orders uses another login")
 
 
 def test_no_order_fails_while_everything_is_replaced(project: Project) -> None:

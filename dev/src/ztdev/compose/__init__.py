@@ -3,4 +3,5 @@
 certificates   once: the database's certificate, and the node's for SPIRE
 registrar      keeps SPIRE's registration entries as they should be
 cloud          the local AWS, the logins of the databases, and their rotation
+rotate         asks `cloud` for a rotation now
 """

@@ -12,18 +12,23 @@ from typing import Any
 from ztdev.aws.environment import ensure_environment
 from ztdev.errors import StackError
 from ztdev.functions import for_this_machine
+from ztdev.options import DATABASE_SERVICES
 from ztdev.state import default_tools_directory
 
 from . import certificates, cloud, registrar
+
+PARTS = ("tools", "database-certificate", "node-certificate", "registrar", "cloud", "rotate")
 
 
 def main() -> int:
     """Run the part that is named."""
     parser = argparse.ArgumentParser(prog="python -m ztdev.compose", description=__doc__)
-    parser.add_argument(
-        "part", choices=["tools", "database-certificate", "node-certificate", "registrar", "cloud"]
-    )
-    part = parser.parse_args().part
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("service", nargs="*", help="of `rotate`: whose logins (default: all)")
+    arguments = parser.parse_args()
+    part = arguments.part
+    if unknown := set(arguments.service) - set(DATABASE_SERVICES):
+        parser.error(f"{sorted(unknown)[0]!r} has no database: {' and '.join(DATABASE_SERVICES)} have")
     try:
         if part == "tools":
             _make_tools()
@@ -31,6 +36,8 @@ def main() -> int:
             certificates.database()
         elif part == "node-certificate":
             certificates.node()
+        elif part == "rotate":
+            cloud.rotate(arguments.service or DATABASE_SERVICES)
         else:
             asyncio.run(_until_terminated(registrar.run() if part == "registrar" else cloud.run()))
     except (StackError, OSError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ import psycopg
 
 from ztdev.aws.cloud import DatabaseAddress, LocalCloud, RotationFunction
 from ztdev.aws.issuer import OidcIssuer, TokenFile
-from ztdev.control import Control, Request
+from ztdev.control import Control, Request, ask
 from ztdev.functions import for_this_machine
 from ztdev.logins import set_passwords
 from ztdev.options import DATABASE_SERVICES
 from ztdev.postgres import Administration
-from ztdev.rotation import Rotations
+from ztdev.rotation import Rotation, Rotations
 from ztdev.state import default_tools_directory
 
 from .certificates import DATABASE
@@ -36,6 +37,12 @@ CA_FILE = DATABASE / "authority" / "ca.pem"
 
 #: There while the secrets can be read and the databases know them: the health check looks for it.
 READY = Path("/tmp/ready")  # noqa: S108 - of this container alone
+
+#: Where `rotate` asks; nobody else in this container, and nobody outside.
+CONTROL = Path("/tmp/control")  # noqa: S108 - of this container alone
+
+#: Seconds that a rotation may take, tried again and again.
+_ROTATE_WITHIN = 120.0
 
 #: Seconds between two tries of something that is not there yet.
 AGAIN = 0.5
@@ -71,7 +78,8 @@ async def run() -> None:
         stack.push_async_callback(cloud.stop)
         every = float(os.environ.get("ROTATE_EVERY_SECONDS", "60"))
         rotations = Rotations(cloud, DATABASE_SERVICES, every, _record)
-        control = Control(folder, {"rotate": _rotate(rotations)})
+        _make(CONTROL)
+        control = Control(CONTROL, {"rotate": _rotate(rotations)})
         await control.start()
         stack.push_async_callback(control.close)
         deployed = asyncio.Event()
@@ -113,6 +121,17 @@ async def _tell(cloud: LocalCloud, database: Administration) -> None:
                 say("cloud", "waiting", detail=text)
             said = text
         await asyncio.sleep(AGAIN)
+
+
+def rotate(services: Iterable[str]) -> None:
+    """Rotate the logins of `services` now, and say what became of it; in the container that runs `cloud`."""
+    for service in services:
+        answer = ask(CONTROL, "rotate", timeout=_ROTATE_WITHIN, service=service, cut_off_at=None)
+        print(f"{service}: {Rotation.from_dict(answer)}", flush=True)
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _mark(*, ready: bool) -> None:
