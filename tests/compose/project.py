@@ -98,6 +98,12 @@ class Project:
         return self.compose("exec", "-T", service, python, "-c", program, *arguments)
 
 
+def gateways(project: str) -> list[str]:
+    """This machine's own addresses towards containers: on the engine's network, and on the page's."""
+    networks = json.loads(docker("network", "inspect", "bridge", f"{project}_edge"))
+    return [config["Gateway"] for network in networks for config in network["IPAM"]["Config"]]
+
+
 @contextmanager
 def running() -> Iterator[Project]:
     """Build the images, start it, and take it down."""

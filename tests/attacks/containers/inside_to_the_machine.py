@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 from collections.abc import AsyncIterator
 
 from tests.attacks.containers.container_lab import CONNECT, ContainerLab, Place, at
 from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
-from tests.compose.project import docker
+from tests.compose.project import gateways
 
 #: The network that the engine itself brings.
 ORDINARY: Place = ("--network", "bridge")
@@ -26,18 +25,12 @@ async def attempt(lab: ContainerLab, target: Target) -> Answer:
 
 
 async def _connect(place: Place, lab: ContainerLab) -> Answer:
-    with socket.create_server(("0.0.0.0", 0)) as server:
-        port = server.getsockname()[1]
-        targets = [(address, port) for address in await asyncio.to_thread(_our_addresses, lab)]
+    """Call each address that the machine has towards containers; somebody listens there."""
+    with contextlib.ExitStack() as stack:
+        addresses = await asyncio.to_thread(gateways, lab.project.name)
+        servers = [stack.enter_context(socket.create_server((address, 0))) for address in addresses]
+        targets = [server.getsockname() for server in servers]
         return await lab.run(CONNECT, {"targets": targets}, *place)
-
-
-def _our_addresses(lab: ContainerLab) -> list[str]:
-    networks = json.loads(docker("network", "inspect", "bridge", f"{lab.project.name}_edge"))
-    gateways = [config["Gateway"] for network in networks for config in network["IPAM"]["Config"]]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # nothing is sent: which address would be ours
-        return [*gateways, probe.getsockname()[0]]
 
 
 @contextlib.asynccontextmanager
