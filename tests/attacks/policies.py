@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from tests.attacks.controls import ROOT
 from tests.attacks.deeds import charge, rightful_charge
 from tests.attacks.lab import Answer, Lab, LeftOut, NotProved, Target
+from ztdev.files import replace_file
 
 POLICY = ROOT / "services" / "payments" / "src" / "payments" / "policy.yaml"
 
@@ -34,9 +34,7 @@ async def replace_policy(lab: Lab, target: Target, text: str) -> Answer:
     """
     assert target.file is not None
     mark = len(target.lines())
-    unfinished = target.file.with_suffix(".new")
-    unfinished.write_text(text)
-    os.replace(unfinished, target.file)
+    replace_file(target.file, text.encode(), 0o644)
     line = await target.find(mark, event="policy")
     answer = await lab.attack(target, charge(), svid=lab.svid("rogue"))
     if line["decision"] == "allow" or not answer.refused:

@@ -18,6 +18,7 @@ from typing import Any
 from tests.attacks.catalogue import load_all_attacks, load_container_attacks
 from tests.attacks.controls import ROOT, Control, load_controls, load_pillars
 from tests.attacks.lab import Attack, Proof
+from ztdev.files import replace_file
 
 EVIDENCE = ROOT / "build" / "proof.json"
 PAGE = ROOT / "build" / "pillars.json"
@@ -35,10 +36,7 @@ def write_proofs(
         for proof in proofs
     }
     known = [entries[attack.id] for attack in attacks if attack.id in entries]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".new")
-    unfinished.write_text(json.dumps(known, indent=2) + "\n")
-    unfinished.replace(file)
+    _write_json(file, known)
 
 
 def read_proofs(file: Path) -> dict[str, dict[str, Any]]:
@@ -140,11 +138,13 @@ def _row(attack: dict[str, Any]) -> str:
 def write_page(file: Path, proofs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Write the frontend's copy, and give what is in it."""
     content = pillars(proofs, load_all_attacks(), load_controls())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".new")
-    unfinished.write_text(json.dumps({"pillars": content}, indent=2) + "\n")
-    unfinished.replace(file)  # a frontend may read it meanwhile
+    _write_json(file, {"pillars": content})  # a frontend may read it meanwhile
     return content
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode(), 0o644)
 
 
 def main() -> int:

@@ -3,10 +3,13 @@ watches."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 8 * 1024 * 1024
 BACKUPS = 4
@@ -14,6 +17,12 @@ TAIL_LINES = 40
 
 #: A line longer than this is cut in two: no output of a process may grow the supervisor without bound.
 MAX_LINE = 256 * 1024
+
+
+def log_line(log: str, event: str, **facts: Any) -> str:
+    """A line of ours, like those of the services: what happened, and the facts of it, as JSON."""
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({"time": moment, "log": log, "event": event, **facts})
 
 
 class LogFile:

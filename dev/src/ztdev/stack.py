@@ -35,7 +35,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -49,7 +48,7 @@ from .control import Control, Request
 from .errors import ProgramMissing, StackError, explain_os_error
 from .events import Steps
 from .functions import Package, for_this_machine
-from .logfile import LogFile
+from .logfile import LogFile, log_line
 from .logins import owner_secret, secret, set_passwords
 from .logview import is_audit, parse_line
 from .managed import ManagedProcess, ProcessSpec, ProcessState, base_environment, describe_exit
@@ -660,8 +659,7 @@ class Stack:
 
     def _log_own(self, log: LogFile | None, name: str, event: str, **fields: Any) -> None:
         if log is not None:
-            moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            log.feed(json.dumps({"time": moment, "log": name, "event": event, **fields}).encode() + b"\n")
+            log.feed(log_line(name, event, **fields).encode() + b"\n")
 
 
 def _address_of(urls: Urls, service: str) -> str:

@@ -5,13 +5,13 @@ The key of the authority that signs is forgotten at once, so nothing can sign a 
 
 from __future__ import annotations
 
-import os
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
+from ztdev.files import replace_file
 from ztdev.postgres import make_server_tls
 
 #: One that has less left is replaced.
@@ -31,10 +31,10 @@ def database() -> None:
     if _lasts(certificate):
         return
     tls = make_server_tls(("postgres",))
-    _write(DATABASE / "tls" / "server.key", tls.key, 0o600)
-    _write(DATABASE / "authority" / "ca.pem", tls.authorities, 0o644)
-    _write(DATABASE / "administrator" / "password", secrets.token_urlsafe(32).encode(), 0o444)
-    _write(certificate, tls.certificate, 0o644)  # last: what is half done is done again
+    replace_file(DATABASE / "tls" / "server.key", tls.key, 0o600)
+    replace_file(DATABASE / "authority" / "ca.pem", tls.authorities, 0o644)
+    replace_file(DATABASE / "administrator" / "password", secrets.token_urlsafe(32).encode(), 0o444)
+    replace_file(certificate, tls.certificate, 0o644)  # last: what is half done is done again
 
 
 def node() -> None:
@@ -44,9 +44,9 @@ def node() -> None:
     if _lasts(certificate):
         return
     tls = make_server_tls(("node",), name=NODE_NAME)
-    _write(NODE / "agent" / "agent.key", tls.key, 0o600)
-    _write(NODE / "authority" / "ca.pem", tls.authorities, 0o644)
-    _write(certificate, tls.certificate, 0o644)
+    replace_file(NODE / "agent" / "agent.key", tls.key, 0o600)
+    replace_file(NODE / "authority" / "ca.pem", tls.authorities, 0o644)
+    replace_file(certificate, tls.certificate, 0o644)
 
 
 def _lasts(file: Path) -> bool:
@@ -55,13 +55,3 @@ def _lasts(file: Path) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return certificate.not_valid_after_utc - datetime.now(UTC) > LEAST_LEFT
-
-
-def _write(file: Path, content: bytes, mode: int) -> None:
-    unfinished = file.with_suffix(".new")
-    unfinished.unlink(missing_ok=True)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as open_file:
-        os.fchmod(descriptor, mode)
-        open_file.write(content)
-    unfinished.replace(file)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ztdev.errors import StackError
+from ztdev.files import replace_file
 from ztdev.options import SERVICES, TRUST_DOMAIN, spiffe_id
 
 from .certificates import NODE_NAME
@@ -140,9 +141,7 @@ def _mark(file: Path) -> None:
 def _keep(bundle: str) -> None:
     if BUNDLE.exists() and BUNDLE.read_text() == bundle:
         return
-    unfinished = BUNDLE.with_suffix(".new")
-    unfinished.write_text(bundle)
-    unfinished.replace(BUNDLE)
+    replace_file(BUNDLE, bundle.encode(), 0o644)
     say("registrar", "bundle", authorities=bundle.count("BEGIN CERTIFICATE"))
 
 

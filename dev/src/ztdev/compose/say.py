@@ -1,13 +1,12 @@
-"""A line of a container's log, like those of the services."""
+"""What a container of ours has to say: on its standard output, where the engine takes it."""
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
 from typing import Any
+
+from ztdev.logfile import log_line
 
 
 def say(log: str, event: str, **facts: Any) -> None:
-    """Write one line of JSON to standard output."""
-    moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    print(json.dumps({"time": moment, "log": log, "event": event, **facts}), flush=True)
+    """Write one line, as `log_line` makes it."""
+    print(log_line(log, event, **facts), flush=True)

@@ -14,7 +14,6 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from ztdev.errors import (
     StateUnusable,
     explain_os_error,
 )
+from ztdev.files import replace_file
 from ztdev.logfile import LogFile
 from ztdev.processes import PROC, ProcessRef, port_is_free, port_owner, wait_gone
 
@@ -244,7 +244,7 @@ class PostgresServer(Administration):
 
     def trust(self, *tls: ServerTls) -> None:
         """Put the authorities of these certificates, and no others, into `ca_file`."""
-        _replace_file(self.ca_file, b"".join(part.authorities for part in tls), 0o644)
+        replace_file(self.ca_file, b"".join(part.authorities for part in tls), 0o644)
 
     async def rotate_authority(self) -> None:
         """A new authority in the order that interrupts nobody: clients trust both, then the server changes.
@@ -436,7 +436,8 @@ class PostgresServer(Administration):
         self._write_data(config.CERTIFICATE, tls.certificate)
 
     def _write_data(self, name: str, content: bytes) -> None:
-        _replace_file(self.data / name, content, 0o600, self._account)
+        owner = self._account.uid, self._account.gid
+        replace_file(self.data / name, content, 0o600, owner)
 
     async def _launch(self, program: Binaries) -> None:
         self._log = LogFile(self.log_file)
@@ -664,23 +665,6 @@ async def _configuration_age(connection: roles.Connection) -> float:
     assert row is not None
     assert isinstance(row[0], float)
     return row[0]
-
-
-def _replace_file(path: Path, content: bytes, mode: int, account: Account | None = None) -> None:
-    """In one step, so that no reader sees half of it, and never through a link that somebody has put
-    there."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            if account is not None and account.uid != os.geteuid():
-                os.fchown(descriptor, account.uid, account.gid)
-            os.fchmod(descriptor, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def _run_as_message(output: str) -> str:

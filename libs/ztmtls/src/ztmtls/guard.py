@@ -35,8 +35,8 @@ class Guard:
     rule of the policy must allow caller, method and path, and the body must not be too large or too slow to
     come. Every answer, yes or no, is an audit line; so is what the application then refuses (4xx, or a
     WebSocket that it does not accept), and an answer that it repeats for an Idempotency-Key.
-    There is no way around it: without a
-    verified connection the request is refused.
+
+    There is no way around it: without a verified connection the request is refused.
     """
 
     def __init__(
