@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.attacks.catalogue import load_attacks
 from tests.attacks.lab import Attack, Lab, prove
-from ztdev.shop import Visitor
+from tests.orders_meanwhile import OrdersMeanwhile
 from ztdev.stack import BackgroundStack
 
 ATTACKS = load_attacks()
@@ -18,25 +17,11 @@ ATTACKS = load_attacks()
 @pytest.fixture(scope="module", autouse=True)
 def orders_go_on(stack: BackgroundStack) -> Iterator[None]:
     """One order after the other, from the first attack to the last: each must be paid."""
-    stop = threading.Event()
-    outcomes: list[str] = []
-
-    def order() -> None:
-        with Visitor(stack.urls.page) as visitor:
-            while not stop.is_set():
-                try:
-                    outcomes.append(visitor.order()["order"]["status"])
-                except Exception as error:
-                    outcomes.append(f"{type(error).__name__}: {error}")
-                stop.wait(0.1)
-
-    thread = threading.Thread(target=order, name="orders")
-    thread.start()
-    yield
-    stop.set()
-    thread.join(30)
-    assert outcomes
-    assert [outcome for outcome in outcomes if outcome != "paid"] == []
+    orders = OrdersMeanwhile(stack.urls.page)
+    with orders.going_on():
+        yield
+    assert orders.paid
+    assert orders.failed == {}
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=[attack.id for attack in ATTACKS])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,50 @@ def docker(*arguments: str, timeout: float = 120, **more: Any) -> str:
     return str(done.stdout)
 
 
+def python_of(image: str) -> str:
+    """The Python in an image of ours."""
+    return "/srv/zt/.venv/bin/python" if image == TOOLS else "/opt/zt/bin/python"
+
+
+def run_python(
+    program: str, *arguments: str, options: Sequence[str] = (), image: str = TOOLS, given: str = ""
+) -> str:
+    """What a program prints in a container of its own; `options` are those of `docker run`, `given` is its
+    standard input."""
+    command = ("--entrypoint", python_of(image), image, "-c", program, *arguments)
+    return docker("run", "--rm", "--interactive", *options, *command, input=given)
+
+
+#: Connects to every address that it is told, and says of each ``connected``; ``refused`` when somebody is
+#: there and does not listen; ``unreachable`` when there was no answer, or no way.
+PROBE = """
+import json, socket, sys
+def outcome(address):
+    try:
+        socket.create_connection(address, timeout=2).close()
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError:
+        return "unreachable"
+    return "connected"
+print(json.dumps([outcome((host, port)) for host, port in json.load(sys.stdin)]))
+"""
+
+
+def probe(place: Sequence[str], targets: Sequence[tuple[str, int]]) -> list[str]:
+    """What becomes of connections to `targets` (host, port), from a container with the options `place`."""
+    outcomes: list[str] = json.loads(run_python(PROBE, options=place, given=json.dumps(targets)))
+    return outcomes
+
+
+def until(holds: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until `holds()`, or fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.3)
+
+
 @dataclass
 class Project:
     """The project that is up."""
@@ -92,6 +137,15 @@ class Project:
         found: dict[str, Any] = json.loads(docker("inspect", name))[0]
         return found
 
+    def addresses(self, service: str) -> list[str]:
+        """Its address on each of its networks."""
+        networks = self.container(service)["NetworkSettings"]["Networks"].values()
+        return [network["IPAddress"] for network in networks if network["IPAddress"]]
+
+    def network_of(self, service: str) -> tuple[str, ...]:
+        """The options of a container that is where `service` is in the network."""
+        return "--network", f"container:{self.container(service)['Id']}"
+
     def python(self, service: str, program: str, *arguments: str) -> str:
         """Run a program in the container of `service`, as its user."""
         python = self.container(service)["Config"]["Entrypoint"][0]
@@ -114,6 +168,8 @@ def running() -> Iterator[Project]:
         project.up()
         yield project
     finally:
-        LOG.parent.mkdir(exist_ok=True)
-        LOG.write_text(project.logs(lines=2000))
-        project.compose("down", "--volumes", "--timeout", "20")
+        try:
+            LOG.parent.mkdir(exist_ok=True)
+            LOG.write_text(project.logs(lines=2000))
+        finally:
+            project.compose("down", "--volumes", "--timeout", "20")

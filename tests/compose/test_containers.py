@@ -71,7 +71,7 @@ for attempt in (
     lambda: open("/opt/zt/scratch", "w"),
     lambda: os.setuid(0),
     lambda: os.chroot("/tmp"),
-    lambda: os.kill(1, 0) if os.getpid() == 1 else open("/proc/kmsg"),
+    lambda: open("/proc/kmsg"),
     lambda: open("/var/run/docker.sock"),
     lambda: open("/srv/spire/socket/api.sock"),
 ):

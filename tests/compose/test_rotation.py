@@ -4,59 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from tests.compose.project import Project
-from ztdev.shop import Visitor
+from tests.compose.project import Project, until
+from tests.orders_meanwhile import OrdersMeanwhile
 
 SERVER = ("/opt/spire/bin/spire-server",)
 SOCKET = ("-socketPath", "/srv/spire/socket/api.sock")
-
-
-class Load:
-    """One order after the other: what became of each."""
-
-    def __init__(self, project: Project) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._url = project.url
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._order, name="orders")
-
-    def _order(self) -> None:
-        with Visitor(self._url) as visitor:
-            while not self._stop.is_set():
-                try:
-                    self.outcomes[visitor.order()["order"]["status"]] += 1
-                except Exception as error:
-                    self.outcomes[f"{type(error).__name__}: {error}"] += 1
-                self._stop.wait(0.1)
-
-    @property
-    def failed(self) -> dict[str, int]:
-        return {outcome: count for outcome, count in self.outcomes.items() if outcome != "paid"}
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self._thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            self._thread.join(30)
-
-
-def until(holds: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.3)
 
 
 def chain(project: Project) -> list[dict[str, Any]]:
@@ -91,8 +47,8 @@ def authorities_trusted(project: Project, service: str) -> int:
 
 def test_a_login_is_replaced_when_somebody_asks(project: Project) -> None:
     def login() -> str:
-        orders = next(each for each in chain(project) if each["service"] == "orders")
-        return str(orders["credentials"]["version"])
+        told = next(each for each in chain(project) if each["service"] == "orders")
+        return str(told["credentials"]["version"])
 
     before = login()
     python = project.container("cloud")["Config"]["Entrypoint"][0]
@@ -102,7 +58,7 @@ def test_a_login_is_replaced_when_somebody_asks(project: Project) -> None:
 
 
 def test_no_order_fails_while_everything_is_replaced(project: Project) -> None:
-    load = Load(project)
+    orders = OrdersMeanwhile(project.url)
     serials: dict[str, set[str]] = {"frontend": set(), "orders": set(), "payments": set()}
     versions: dict[str, set[str]] = {"orders": set(), "payments": set()}
 
@@ -116,7 +72,7 @@ def test_no_order_fails_while_everything_is_replaced(project: Project) -> None:
         look()
         return all(len(seen) >= 3 for seen in (*serials.values(), *versions.values()))
 
-    with load.running():
+    with orders.going_on():
         until(replaced, 90, f"every certificate and every login is replaced twice: {serials} {versions}")
 
         spire(project, "localauthority", "x509", "prepare")
@@ -139,8 +95,8 @@ def test_no_order_fails_while_everything_is_replaced(project: Project) -> None:
         # The server renews its own certificate some seconds later than all others; should the agent meet the
         # old one before, it begins anew by itself.
         spire(project, "localauthority", "x509", "revoke", "-authorityID", old)
-        served = load.outcomes["paid"]
-        until(lambda: load.outcomes["paid"] > served + 10, 60, "orders after the old authority is gone")
-    assert load.failed == {}
-    assert load.outcomes["paid"] > 100
-    print(f"{load.outcomes['paid']} orders paid, none failed; {serials} {versions}")
+        served = orders.paid
+        until(lambda: orders.paid > served + 10, 60, "orders after the old authority is gone")
+    assert orders.failed == {}
+    assert orders.paid > 100
+    print(f"{orders.paid} orders paid, none failed; {serials} {versions}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.compose.project import ROOT, Project, docker
+from tests.compose.project import ROOT, Project, docker, run_python
 from ztdev.options import SERVICES
 
 INSTALLED = """
@@ -32,10 +33,7 @@ ALLOWED = {
 
 def installed(service: str) -> dict[str, tuple[str, str]]:
     """Version and licence of every distribution in the image of `service`."""
-    image = f"zt-demo/{service}:local"
-    found: dict[str, tuple[str, str]] = json.loads(
-        docker("run", "--rm", "--entrypoint", "/opt/zt/bin/python", image, "-c", INSTALLED)
-    )
+    found: dict[str, tuple[str, str]] = json.loads(run_python(INSTALLED, image=f"zt-demo/{service}:local"))
     return found
 
 
@@ -43,10 +41,18 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_the_bill_of_materials_names_all_that_is_in_the_image(project: Project, service: str) -> None:
+@pytest.fixture(scope="module")
+def bills() -> Path:
+    """The folder with the bill of materials of each image."""
     subprocess.run(["make", "--silent", "sbom"], cwd=ROOT, check=True, timeout=100)
-    bill = json.loads((ROOT / "build" / "sbom" / f"{service}.cdx.json").read_text())
+    return ROOT / "build" / "sbom"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_bill_of_materials_names_all_that_is_in_the_image(
+    project: Project, bills: Path, service: str
+) -> None:
+    bill = json.loads((bills / f"{service}.cdx.json").read_text())
     assert bill["bomFormat"] == "CycloneDX"
     listed = {normal(each["name"]): each["version"] for each in bill["components"]}
     listed |= {normal(service): bill["metadata"]["component"]["version"]}

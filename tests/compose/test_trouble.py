@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.compose.project import Project, docker
-from tests.compose.test_rotation import Load, until
+from tests.compose.project import Project, docker, run_python, until
+from tests.orders_meanwhile import OrdersMeanwhile
 from ztdev.shop import Visitor
 
 #: Seconds; see `project.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
@@ -29,17 +29,17 @@ def all_is_healthy(project: Project, *services: str) -> bool:
 @pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "cloud"])
 def test_orders_go_on_while_what_gives_identities_and_secrets_is_away(project: Project, service: str) -> None:
     """What was given lives on for a while, and is renewed in time by what comes back."""
-    load = Load(project)
-    with load.running():
-        until(lambda: load.outcomes["paid"] > 5, 30, "orders before")
+    orders = OrdersMeanwhile(project.url)
+    with orders.going_on():
+        until(lambda: orders.paid > 5, 30, "orders before")
         docker("kill", "--signal", "KILL", project.container(service)["Id"])
-        served = load.outcomes["paid"]
-        until(lambda: load.outcomes["paid"] > served + 10, 30, f"orders without {service}")
+        served = orders.paid
+        until(lambda: orders.paid > served + 10, 30, f"orders without {service}")
         docker("start", project.container(service)["Id"])
         until(lambda: all_is_healthy(project, service), 60, f"{service} is back")
-        served = load.outcomes["paid"]
-        until(lambda: load.outcomes["paid"] > served + 10, 30, f"orders with {service} again")
-    assert load.failed == {}
+        served = orders.paid
+        until(lambda: orders.paid > served + 10, 30, f"orders with {service} again")
+    assert orders.failed == {}
 
 
 @pytest.mark.parametrize("service", ["postgres", "payments", "orders", "frontend"])
@@ -57,10 +57,7 @@ def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -
     data = f"{project.name}_spire-data"
     docker("kill", "--signal", "KILL", project.container("spire-server")["Id"])
     wipe = "import os; [os.unlink(entry) for entry in os.scandir('/data')]"
-    docker(
-        *("run", "--rm", "--volume", f"{data}:/data", "--entrypoint", "/srv/zt/.venv/bin/python"),
-        *("zt-demo/dev:local", "-c", wipe),
-    )
+    run_python(wipe, options=("--volume", f"{data}:/data"))
     docker("start", project.container("spire-server")["Id"])
     until(lambda: all_is_healthy(project, "spire-server", "registrar", "spire-agent"), 90, "SPIRE is back")
     until(lambda: an_order_is_paid(project), 120, "an order by identities of the new authority")

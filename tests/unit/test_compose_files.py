@@ -31,6 +31,18 @@ def test_an_image_is_made_by_the_locked_uv_of_every_manifest(file: Path) -> None
     assert "# syntax=" not in text
 
 
+def test_the_services_images_differ_in_name_and_port_alone() -> None:
+    """A Dockerfile cannot include another one: what is the same in all three is kept so here."""
+
+    def general(service: str) -> str:
+        text = (ROOT / "services" / service / "Dockerfile").read_text()
+        manifests = "".join(line for line in text.splitlines(True) if "/pyproject.toml" in line)
+        lines = "".join(line for line in text.splitlines(True) if "/pyproject.toml" not in line)
+        return manifests + lines.replace(service, "NAME").replace("8080", "8443")
+
+    assert len({general(service) for service in SERVICES}) == 1
+
+
 def test_every_setting_is_documented_and_no_other() -> None:
     named = set(re.findall(r"\$\{([A-Z_]+):-", TEXT)) - {"COMPOSE_PROJECT_NAME", "DOCKER_SOCKET"}
     paragraph = next(part for part in DOCUMENT.split("\n\n") if part.startswith("Settings are variables"))

@@ -9,15 +9,11 @@ from tests.attacks.containers.container_lab import ContainerLab, at
 from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
 
 ASK = """
-import errno, json, socket, sys
-path = json.loads(sys.stdin.read())["socket"]
-try:
+import socket
+def deed(path):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-except OSError as error:
-    print(json.dumps({"reason": errno.errorcode[error.errno], "error": f"{path}: {error}"}))
-else:
-    print(json.dumps({"status": 200, "body": f"connected to {path}"}))
+    return "connected to " + path
 """
 
 
@@ -31,9 +27,8 @@ async def attempt(lab: ContainerLab, target: Target) -> Answer:
     return await _ask(lab, target, "/srv/spire/socket/api.sock")
 
 
-async def _ask(lab: ContainerLab, target: Target, socket: str) -> Answer:
-    image, python = "zt-demo/orders:local", "/opt/zt/bin/python"
-    return await lab.run(ASK, {"socket": socket}, *target.place, image=image, python=python)
+async def _ask(lab: ContainerLab, target: Target, path: str) -> Answer:
+    return await lab.do(ASK, {"path": path}, target.place, "zt-demo/orders:local")
 
 
 @contextlib.asynccontextmanager

@@ -9,27 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from tests.attacks.lab import Answer, LeftOut, Target
-from tests.compose.project import TOOLS, Project
+from tests.compose.project import Project, probe, run_python
 
-CONNECT = """
-import errno, json, socket, sys
-answer = {"reason": "NO_ADDRESS", "error": "nobody to call"}
-for host, port in json.loads(sys.stdin.read())["targets"]:
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError as error:
-        reason = errno.errorcode.get(error.errno, "TIMED_OUT") if error.errno else "TIMED_OUT"
-        answer = {"reason": "no_route", "error": f"{host}: {reason} {error}"}
-    else:
-        answer = {"status": 200, "body": f"connected to {host}:{port}"}
-        break
+#: Around a function `deed` of the errand, which is what an attacker does: the reason is the name of an errno.
+DEED = """
+import errno, json, sys
+{program}
+try:
+    answer = {{"status": 200, "body": deed(**json.load(sys.stdin))}}
+except OSError as error:
+    answer = {{"reason": errno.errorcode[error.errno], "error": str(error)}}
 print(json.dumps(answer))
 """
-
 
 Place = tuple[str, ...]
 """Where an attacker's container is, and how it is held: options of `docker run`."""
@@ -41,21 +36,16 @@ class ContainerLab:
     def __init__(self, project: Project) -> None:
         self.project = project
 
-    async def run(
-        self, program: str, errand: Mapping[str, Any], *options: str, image: str = TOOLS, python: str = ""
-    ) -> Answer:
-        """Run `program`, a text, in a container of its own; what it prints as JSON is the answer."""
-        process = await asyncio.create_subprocess_exec(
-            *("docker", "run", "--rm", "--interactive", *options),
-            *("--entrypoint", python or "/srv/zt/.venv/bin/python", image, "-c", program),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+    async def run(self, program: str, errand: Mapping[str, Any], place: Place, image: str) -> Answer:
+        """Run `program`, a text, in a container at `place`; what it prints as JSON is the answer."""
+        told = await asyncio.to_thread(
+            run_python, program, options=place, image=image, given=json.dumps(errand)
         )
-        output, fault = await process.communicate(json.dumps(errand).encode())
-        if process.returncode != 0:
-            raise RuntimeError(f"the attacker's container: {fault.decode(errors='replace')[-1000:]}")
-        return Answer(**json.loads(output))
+        return Answer(**json.loads(told))
+
+    async def do(self, program: str, errand: Mapping[str, Any], place: Place, image: str) -> Answer:
+        """The same for a `program` that is a function `deed` (see `DEED`)."""
+        return await self.run(DEED.format(program=program), errand, place, image)
 
     async def container(self, service: str) -> dict[str, Any]:
         """What `docker inspect` says of the container of `service`."""
@@ -75,19 +65,22 @@ class ContainerLab:
         options += [word for path in (host["Tmpfs"] or ()) for word in ("--tmpfs", path)]
         return tuple(options)
 
-    async def addresses(self, service: str) -> list[str]:
-        """Its address on each of its networks."""
-        networks = (await self.container(service))["NetworkSettings"]["Networks"]
-        return [network["IPAddress"] for network in networks.values() if network["IPAddress"]]
-
     async def network_of(self, service: str) -> Place:
         """Where `service` is in the network."""
-        return "--network", f"container:{(await self.container(service))['Id']}"
+        return await asyncio.to_thread(self.project.network_of, service)
 
     async def connect(self, place: Place, service: str, port: int) -> Answer:
         """Somebody at `place` calls every address of `service`."""
-        targets = [(address, port) for address in await self.addresses(service)]
-        return await self.run(CONNECT, {"targets": targets}, *place)
+        addresses = await asyncio.to_thread(self.project.addresses, service)
+        return await self.call(place, [(address, port) for address in addresses])
+
+    async def call(self, place: Place, targets: Sequence[tuple[str, int]]) -> Answer:
+        """Somebody at `place` calls all of `targets`; that nobody is there proves nothing."""
+        outcomes = await asyncio.to_thread(probe, place, targets)
+        told = ", ".join(f"{host} {outcome}" for (host, _), outcome in zip(targets, outcomes, strict=True))
+        if "connected" in outcomes:
+            return Answer(status=200, body=told)
+        return Answer(reason="no_route" if set(outcomes) == {"unreachable"} else "nobody_there", error=told)
 
 
 def at(place: Place) -> Target:

@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
-from tests.attacks.containers.container_lab import CONNECT, ContainerLab, Place, at
+from tests.attacks.containers.container_lab import ContainerLab, Place, at
 from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
 from tests.compose.project import gateways
 
@@ -29,8 +29,7 @@ async def _connect(place: Place, lab: ContainerLab) -> Answer:
     with contextlib.ExitStack() as stack:
         addresses = await asyncio.to_thread(gateways, lab.project.name)
         servers = [stack.enter_context(socket.create_server((address, 0))) for address in addresses]
-        targets = [server.getsockname() for server in servers]
-        return await lab.run(CONNECT, {"targets": targets}, *place)
+        return await lab.call(place, [server.getsockname() for server in servers])
 
 
 @contextlib.asynccontextmanager

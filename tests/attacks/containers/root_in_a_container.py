@@ -8,21 +8,16 @@ from collections.abc import AsyncIterator
 from tests.attacks.containers.container_lab import ContainerLab, at
 from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
 
-IMAGE, PYTHON = "zt-demo/payments:local", "/opt/zt/bin/python"
-
 USE = """
-import errno, json, os, sys
-assert os.getuid() == 0
-try:
-    if json.loads(sys.stdin.read())["own"]:
+import os
+def deed(own):
+    assert os.getuid() == 0
+    if own:
         open("/tmp/own", "w").close()
     else:  # be somebody else, whose files one then has
         os.setgid(999)
         os.setuid(999)
-except OSError as error:
-    print(json.dumps({"reason": errno.errorcode[error.errno], "error": str(error)}))
-else:
-    print(json.dumps({"status": 200, "body": f"user {os.getuid()}"}))
+    return f"user {os.getuid()}"
 """
 
 
@@ -37,7 +32,7 @@ async def attempt(lab: ContainerLab, target: Target) -> Answer:
 
 
 async def _use(lab: ContainerLab, target: Target, *, own: bool) -> Answer:
-    return await lab.run(USE, {"own": own}, *target.place, image=IMAGE, python=PYTHON)
+    return await lab.do(USE, {"own": own}, target.place, "zt-demo/payments:local")
 
 
 @contextlib.asynccontextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
 
 #: The same program as on one machine.
 CLIENT = (Path(__file__).parents[1] / "agent_client.py").read_text()
-IMAGE, PYTHON = "zt-demo/payments:local", "/opt/zt/bin/python"
 
 
 async def rightful(lab: ContainerLab, target: Target) -> Answer:
@@ -25,7 +24,7 @@ async def rightful(lab: ContainerLab, target: Target) -> Answer:
 async def attempt(lab: ContainerLab, target: Target) -> Answer:
     """The very image of payments, on the same engine."""
     errand = {"socket": "unix:///run/spire/agent.sock"}
-    return await lab.run(CLIENT, errand, *target.place, image=IMAGE, python=PYTHON)
+    return await lab.run(CLIENT, errand, target.place, "zt-demo/payments:local")
 
 
 @contextlib.asynccontextmanager
@@ -34,12 +33,7 @@ async def door(lab: ContainerLab, left_out: LeftOut) -> AsyncIterator[Target]:
     the service from any other one of its image."""
     label = ("--label", "com.docker.compose.oneoff=False") if left_out else ()
     place = (*await lab.held_as("payments"), *label)
-    since = len(await asyncio.to_thread(_refusals, lab))
-
-    def lines() -> list[dict[str, Any]]:
-        return _refusals(lab)[since:]
-
-    yield Target("spire-agent", 0, lines, tells_reason=False, place=place)
+    yield Target("spire-agent", 0, partial(_refusals, lab), tells_reason=False, place=place)
 
 
 def _refusals(lab: ContainerLab) -> list[dict[str, Any]]:

@@ -8,17 +8,10 @@ from collections.abc import AsyncIterator
 from tests.attacks.containers.container_lab import ContainerLab, at
 from tests.attacks.lab import Answer, Attack, Layer, LeftOut, Target
 
-IMAGE, PYTHON = "zt-demo/orders:local", "/opt/zt/bin/python"
-
 WRITE = """
-import errno, json, sys
-path = json.loads(sys.stdin.read())["path"]
-try:
+def deed(path):
     open(path, "w").close()
-except OSError as error:
-    print(json.dumps({"reason": errno.errorcode[error.errno], "error": str(error)}))
-else:
-    print(json.dumps({"status": 200, "body": f"{path} is written"}))
+    return path + " is written"
 """
 
 
@@ -32,7 +25,7 @@ async def attempt(lab: ContainerLab, target: Target) -> Answer:
 
 
 async def _write(lab: ContainerLab, target: Target, path: str) -> Answer:
-    return await lab.run(WRITE, {"path": path}, *target.place, image=IMAGE, python=PYTHON)
+    return await lab.do(WRITE, {"path": path}, target.place, "zt-demo/orders:local")
 
 
 @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Coroutine
@@ -29,6 +30,7 @@ def main() -> int:
     part = arguments.part
     if unknown := set(arguments.service) - set(DATABASE_SERVICES):
         parser.error(f"{sorted(unknown)[0]!r} has no database: {' and '.join(DATABASE_SERVICES)} have")
+    status = 0
     try:
         if part == "tools":
             _make_tools()
@@ -40,12 +42,10 @@ def main() -> int:
             cloud.rotate(arguments.service or DATABASE_SERVICES)
         else:
             asyncio.run(_until_terminated(registrar.run() if part == "registrar" else cloud.run()))
-    except (StackError, OSError) as error:
-        print(f"{part}: {error}", file=sys.stderr)
-        return 1
-    except asyncio.CancelledError:
-        pass
-    return 0
+    except* (StackError, OSError) as faults:  # parts run tasks in groups
+        print(f"{part}: {faults.exceptions[0]}", file=sys.stderr)
+        status = 1
+    return status
 
 
 def _make_tools() -> None:
@@ -59,7 +59,8 @@ async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
     task = asyncio.ensure_future(work)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    await task
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 if __name__ == "__main__":
