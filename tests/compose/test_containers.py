@@ -14,7 +14,13 @@ from tests.compose.project import ROOT, TOOLS, Project, docker
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
 #: They end when their work is done.
-ONCE = {"node-certificate", "database-certificate", "orders-migrate", "payments-migrate"}
+ONCE = {
+    "node-certificate",
+    "database-certificate",
+    "issuer-certificate",
+    "orders-migrate",
+    "payments-migrate",
+}
 
 #: The agent asks the engine who calls, so it sees all processes and is root, without capabilities; the other
 #: one makes the key that root's agent reads.

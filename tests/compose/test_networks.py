@@ -16,6 +16,7 @@ LISTENS = {
     "orders": 8443,
     "payments": 8443,
     "cloud": 4566,
+    "oidc": 8443,
     "postgres": 5432,
     "spire-server": 8081,
 }
@@ -30,6 +31,7 @@ MUST = {
     ("orders", "cloud"),
     ("payments", "cloud"),
     ("cloud", "postgres"),
+    ("cloud", "oidc"),
     ("spire-agent", "spire-server"),
 }
 

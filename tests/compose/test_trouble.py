@@ -26,7 +26,7 @@ def all_is_healthy(project: Project, *services: str) -> bool:
     return all(project.container(service)["State"]["Health"]["Status"] == "healthy" for service in services)
 
 
-@pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "cloud"])
+@pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "oidc", "cloud"])
 def test_orders_go_on_while_what_gives_identities_and_secrets_is_away(project: Project, service: str) -> None:
     """What was given lives on for a while, and is renewed in time by what comes back."""
     orders = OrdersMeanwhile(project.url)

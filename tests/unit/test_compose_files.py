@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ztdev.compose.certificates import NODE_NAME
+from ztdev.compose.certificates import ISSUER_HOST, NODE_NAME
+from ztdev.compose.cloud import SPIRE
 from ztdev.compose.registrar import Entry, wanted
 from ztdev.options import SERVICES, spiffe_id
 
@@ -66,6 +67,7 @@ def test_two_that_have_no_business_share_no_network() -> None:
         "edge": {"frontend"},
         "frontend-orders": {"frontend", "orders"},
         "orders-payments": {"orders", "payments"},
+        "oidc": {"cloud", "oidc"},
         "orders-db": {"orders", "orders-migrate", "postgres", "cloud"},
         "payments-db": {"payments", "payments-migrate", "postgres", "cloud"},
         "aws": {"orders", "orders-migrate", "payments", "payments-migrate", "cloud"},
@@ -74,11 +76,31 @@ def test_two_that_have_no_business_share_no_network() -> None:
     assert {name for name, network in COMPOSE["networks"].items() if not network.get("internal")} == {"edge"}
 
 
-def test_the_images_of_the_entries_are_those_that_run() -> None:
-    told = COMPOSE["services"]["registrar"]["environment"]
-    assert {service: told[f"{service.upper()}_IMAGE"] for service in SERVICES} == {
-        service: COMPOSE["services"][service]["image"] for service in SERVICES
+def test_who_has_the_agents_socket_has_an_entry_for_the_image_that_it_runs() -> None:
+    told = dict(
+        line.split() for line in COMPOSE["services"]["registrar"]["environment"]["WORKLOADS"].splitlines()
+    )
+    assert told == {
+        name: service["image"]
+        for name, service in COMPOSE["services"].items()
+        if "workload-api:/run/spire:ro" in service.get("volumes", ())
     }
+    assert set(SERVICES) < set(told)
+
+
+def test_a_service_expects_to_be_whom_its_entry_says() -> None:
+    for name, service in COMPOSE["services"].items():
+        expected = service.get("environment", {}).get("SPIFFE_ID")
+        assert expected in (None, spiffe_id(name))
+
+
+def test_the_issuer_is_the_same_for_spire_its_provider_and_aws() -> None:
+    server, provider = (
+        (ROOT / "dev/compose/spire" / f"{name}.conf").read_text() for name in ("server", "oidc")
+    )
+    assert f'jwt_issuer = "{SPIRE.url}"' in server
+    assert f'domains = ["{ISSUER_HOST}"]' in provider
+    assert COMPOSE["services"]["oidc"]["networks"] == {"oidc": {"aliases": [ISSUER_HOST]}}
 
 
 def test_an_entry_is_known_again_as_the_server_tells_it() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import jwt
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -36,12 +37,14 @@ from ztmtls.metrics import Collector
 from ztmtls.reasons import Reason
 from ztmtls.secrets import (
     CredentialsRefused,
+    JwtSvidIdentity,
     PodIdentity,
     RotatingSecret,
     SecretError,
     WebIdentity,
     identity_from_env,
 )
+from ztmtls.testing import CertificateAuthority, WorkloadApi
 
 ROLE = "arn:aws:iam::111122223333:role/zt-demo-orders"
 SECRET_ID = "zt-demo/orders/db"
@@ -271,7 +274,7 @@ def pod(aws: Aws, token_file: Path) -> PodIdentity:
 def make(aws: Aws, identity: WebIdentity) -> Iterator[Callable[..., RotatingSecret]]:
     made: list[RotatingSecret] = []
 
-    def factory(who: WebIdentity | PodIdentity = identity, **options: Any) -> RotatingSecret:
+    def factory(who: Any = identity, **options: Any) -> RotatingSecret:
         made.append(RotatingSecret(SECRET_ID, who, endpoint_url=aws.url, **options))
         return made[-1]
 
@@ -337,6 +340,98 @@ def test_other_credentials_beside_the_identity_are_refused(token_file: Path, nam
 
     assert refused.value.reason is Reason.WEB_IDENTITY_CONFLICT
     assert "CANARY" not in str(refused.value)
+
+
+# -- JWT-SVID
+
+
+SPIFFE_ID = "spiffe://zt.example/ns/zt-demo/sa/orders"
+
+
+def jwt_svid(endpoint: str, **more: str) -> dict[str, str]:
+    return {
+        "AWS_ROLE_ARN": ROLE,
+        "AWS_WEB_IDENTITY_TOKEN_FROM": "workload-api",
+        "SPIFFE_ENDPOINT_SOCKET": endpoint,
+        "AWS_REGION": "eu-central-1",
+        **more,
+    }
+
+
+def test_a_jwt_svid_is_taken_when_it_is_asked_for() -> None:
+    identity = identity_from_env(
+        jwt_svid(
+            "unix:/run/agent.sock", SPIFFE_ID=SPIFFE_ID, AWS_ENDPOINT_URL="http://127.0.0.1:1", HOSTNAME="pod"
+        )
+    )
+
+    assert identity == JwtSvidIdentity(
+        ROLE, "unix:/run/agent.sock", SPIFFE_ID, "eu-central-1", "pod", "http://127.0.0.1:1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "reason", "names"),
+    [
+        ({"AWS_WEB_IDENTITY_TOKEN_FROM": "file"}, Reason.WEB_IDENTITY_MISSING, "TOKEN_FROM is file"),
+        ({"AWS_ROLE_ARN": ""}, Reason.WEB_IDENTITY_MISSING, "AWS_ROLE_ARN"),
+        ({"AWS_ROLE_ARN": "orders"}, Reason.WEB_IDENTITY_MISSING, "not the ARN"),
+        ({"SPIFFE_ENDPOINT_SOCKET": ""}, Reason.WEB_IDENTITY_MISSING, "SPIFFE_ENDPOINT_SOCKET"),
+        ({"SPIFFE_ENDPOINT_SOCKET": "/run/x"}, Reason.WEB_IDENTITY_MISSING, "must begin with"),
+        (
+            {"AWS_WEB_IDENTITY_TOKEN_FILE": "/t"},
+            Reason.WEB_IDENTITY_CONFLICT,
+            "AWS_WEB_IDENTITY_TOKEN_FILE is set",
+        ),
+        ({"AWS_ACCESS_KEY_ID": "CANARY"}, Reason.WEB_IDENTITY_CONFLICT, "AWS_ACCESS_KEY_ID is set"),
+    ],
+)
+def test_a_jwt_svid_half_asked_for_is_refused(more: dict[str, str], reason: Reason, names: str) -> None:
+    assert identity_from_env(jwt_svid("unix:/run/agent.sock"))
+
+    with pytest.raises(CredentialsRefused, match=names) as refused:
+        identity_from_env(jwt_svid("unix:/run/agent.sock", **more))
+
+    assert refused.value.reason is reason
+    assert "CANARY" not in str(refused.value)
+
+
+async def test_a_jwt_svid_for_sts_reads_the_secret(aws: Aws, make: Callable[..., RotatingSecret]) -> None:
+    async with WorkloadApi() as api:
+        workload = await api.add_workload("orders", SPIFFE_ID, ca=CertificateAuthority("zt.example"))
+        workload.allow(pid=os.getpid())
+        identity = identity_from_env(
+            jwt_svid(workload.endpoint, SPIFFE_ID=SPIFFE_ID, AWS_ENDPOINT_URL=aws.url)
+        )
+        secret = make(identity)
+        assert (await secret.get()).version_id == "v1"
+
+        claims = jwt.decode(aws.tokens[-1], options={"verify_signature": False})
+        assert claims["sub"] == SPIFFE_ID
+        assert claims["aud"] in ("sts.amazonaws.com", ["sts.amazonaws.com"])
+        assert secret.status()["source"] == "JWT-SVID"
+
+        await workload.disallow(pid=os.getpid())
+        with pytest.raises(SecretError) as refused:
+            await make(identity).get()
+        assert refused.value.reason is Reason.WEB_IDENTITY_MISSING
+
+    with pytest.raises(SecretError, match="no JWT-SVID") as refused:
+        await make(identity).get()
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+
+
+async def test_sts_that_refuses_a_jwt_svid_says_whose_it_is(
+    aws: Aws, make: Callable[..., RotatingSecret]
+) -> None:
+    aws.before_sts = raises(Fault(400, "InvalidIdentityToken"))
+    async with WorkloadApi() as api:
+        workload = await api.add_workload("orders", SPIFFE_ID, ca=CertificateAuthority("zt.example"))
+        workload.allow(pid=os.getpid())
+        secret = make(identity_from_env(jwt_svid(workload.endpoint, AWS_ENDPOINT_URL=aws.url)))
+        with pytest.raises(CredentialsRefused, match=f"Workload API at .*sub={SPIFFE_ID}") as refused:
+            await secret.get()
+    assert refused.value.reason is Reason.WEB_IDENTITY_REFUSED
 
 
 # -- EKS Pod Identity

@@ -65,11 +65,18 @@ def render(value: Any, values: Mapping[str, str]) -> Any:
     if set(value) == {"Fn::GetAtt"}:
         return "<{}.{}>".format(*value["Fn::GetAtt"])
     if set(value) == {"Fn::Sub"}:
-        assert isinstance(value["Fn::Sub"], str)
-        return re.sub(r"\$\{([^}]+)\}", lambda found: _named(found[1], values), value["Fn::Sub"])
+        text, more = value["Fn::Sub"], {}
+        if not isinstance(text, str):
+            text, more = text[0], {name: render(item, values) for name, item in text[1].items()}
+        return re.sub(r"\$\{([^}]+)\}", lambda found: _named(found[1], {**values, **more}), text)
     if set(value) == {"Fn::If"}:
-        condition, yes, _ = value["Fn::If"]
+        condition, yes, no = value["Fn::If"]
         assert condition in load()["Conditions"]
+        if condition == "SubjectsAreSpiffeIds":
+            assert load()["Conditions"][condition] == {
+                "Fn::Not": [{"Fn::Equals": [{"Ref": "SpiffeTrustDomain"}, ""]}]
+            }
+            return render(yes if values["SpiffeTrustDomain"] else no, values)
         return render(yes, values)
     assert not [key for key in value if key.startswith("Fn::")], value
     return {key: render(item, values) for key, item in value.items()}
@@ -164,6 +171,33 @@ def test_each_role_trusts_exactly_its_service_account(issuer: str) -> None:
     }
 
     assert accepted == {(account, "zt-demo", account, "sts.amazonaws.com") for account in SERVICE_ACCOUNTS}
+
+
+def test_with_a_trust_domain_each_role_trusts_exactly_its_spiffe_id() -> None:
+    subjects = [
+        *(
+            f"spiffe://{domain}/ns/{namespace}/sa/{account}"
+            for domain, namespace, account in itertools.product(
+                ["zt.example", "zt.example.evil"], ["zt-demo", "default"], SERVICE_ACCOUNTS + STRANGERS
+            )
+        ),
+        *(f"system:serviceaccount:zt-demo:{account}" for account in SERVICE_ACCOUNTS),
+    ]
+    by_spiffe_id = {
+        role["RoleName"]: role
+        for resource in load()["Resources"].values()
+        if resource["Type"] == "AWS::IAM::Role"
+        and (role := render(resource["Properties"], {**values(), "SpiffeTrustDomain": "zt.example"}))
+    }
+    accepted = {
+        (account, subject)
+        for account, subject in itertools.product(SERVICE_ACCOUNTS, subjects)
+        if trusts(trust(by_spiffe_id[f"zt-demo-{account}"]), ISSUERS[0], subject, "sts.amazonaws.com")
+    }
+
+    assert accepted == {
+        (account, f"spiffe://zt.example/ns/zt-demo/sa/{account}") for account in SERVICE_ACCOUNTS
+    }
 
 
 @pytest.mark.parametrize("role", [f"zt-demo-{account}" for account in SERVICE_ACCOUNTS])

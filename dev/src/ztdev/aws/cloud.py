@@ -25,7 +25,7 @@ from ztdev.processes import ProcessRef
 
 from .environment import ensure_environment
 from .gate import EX_PORT_IN_USE
-from .issuer import AUDIENCE, OidcIssuer
+from .issuer import AUDIENCE, Issuer, OidcIssuer
 
 #: The account number of AWS's own examples.
 ACCOUNT_ID = "111122223333"
@@ -86,7 +86,8 @@ class LocalCloud:
     Args:
         state_dir: where the child keeps temporary files; made when it is missing.
         port: where it listens, on `host`.
-        issuer: started already; its tokens are the ones that are accepted.
+        issuer: its tokens are the ones that are accepted; an `OidcIssuer` has been started.
+        spiffe_trust_domain: whose JWT-SVIDs these tokens are; empty for tokens of service accounts.
         log_file: the child's log, appended to; None when it writes where this process does.
         databases: service name (``orders``, ``payments``) to address.
         rotation: the function to deploy; None deploys none.
@@ -105,11 +106,12 @@ class LocalCloud:
         state_dir: Path,
         *,
         port: int,
-        issuer: OidcIssuer,
+        issuer: OidcIssuer | Issuer,
         log_file: Path | None,
         databases: Mapping[str, DatabaseAddress],
         rotation: RotationFunction | None = None,
         template: Path | None = None,
+        spiffe_trust_domain: str = "",
         environment_dir: Path | None = None,
         host: str = "127.0.0.1",
         names: Collection[str] = (),
@@ -118,6 +120,7 @@ class LocalCloud:
         self._state_dir = state_dir.absolute()
         self._port = port
         self._issuer = issuer
+        self._spiffe_trust_domain = spiffe_trust_domain
         self._log_file = log_file
         self._databases = dict(databases)
         self._rotation = rotation
@@ -297,7 +300,10 @@ class LocalCloud:
             "account_id": self.account_id,
             "region": self.region,
             "admin": {"access_key_id": self._admin.key_id, "secret_access_key": self._admin.secret},
-            "issuer": {"ca_file": str(self._issuer.ca_file.absolute()), "resolve": self._issuer.resolve},
+            "issuer": {
+                "ca_file": str(self._issuer.ca_file.absolute()),
+                "resolve": dict(self._issuer.resolve),
+            },
             "packages": {
                 f"{_BUCKET}/{package.name}": str(package.absolute()) for package in self._packages()
             },
@@ -354,7 +360,7 @@ class LocalCloud:
             raise DeploymentFailed(f"{self._template} cannot be read: {error.strerror}.") from error
 
     def _parameters(self) -> dict[str, str]:
-        parameters = {"OidcIssuerHost": self._issuer.host}
+        parameters = {"OidcIssuerHost": self._issuer.host, "SpiffeTrustDomain": self._spiffe_trust_domain}
         for service, address in self._databases.items():
             parameters[f"{service.capitalize()}DatabaseHost"] = address.host
             parameters[f"{service.capitalize()}DatabasePort"] = str(address.port)

@@ -53,6 +53,24 @@ _RANDOM = random.SystemRandom()
 
 
 @dataclass(frozen=True)
+class Issuer:
+    """Whose tokens the local AWS takes.
+
+    `url` is the issuer as tokens name it, `ca_file` (PEM) the authority of its certificate, and `resolve`
+    where each ``host:port`` of it is reached.
+    """
+
+    url: str
+    ca_file: Path
+    resolve: Mapping[str, str]
+
+    @property
+    def host(self) -> str:
+        """The issuer as IAM and trust policies write it: without `https://`."""
+        return self.url.removeprefix("https://")
+
+
+@dataclass(frozen=True)
 class ServerTls:
     """How the issuer proves who it is: a context with its host's certificate, and the authority's file."""
 

@@ -18,7 +18,13 @@ from ztdev.state import default_tools_directory
 
 from . import certificates, cloud, registrar
 
-PARTS = ("tools", "database-certificate", "node-certificate", "registrar", "cloud", "rotate")
+_CERTIFICATES = {
+    "database-certificate": certificates.database,
+    "node-certificate": certificates.node,
+    "issuer-certificate": certificates.issuer,
+}
+
+PARTS = ("tools", *_CERTIFICATES, "registrar", "cloud", "rotate")
 
 
 def main() -> int:
@@ -34,10 +40,8 @@ def main() -> int:
     try:
         if part == "tools":
             _make_tools()
-        elif part == "database-certificate":
-            certificates.database()
-        elif part == "node-certificate":
-            certificates.node()
+        elif part in _CERTIFICATES:
+            _CERTIFICATES[part]()
         elif part == "rotate":
             cloud.rotate(arguments.service or DATABASE_SERVICES)
         else:

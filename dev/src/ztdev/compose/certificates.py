@@ -19,6 +19,10 @@ LEAST_LEFT = timedelta(days=60)
 
 DATABASE = Path("/srv/database")
 NODE = Path("/srv/node")
+ISSUER = Path("/srv/issuer")
+
+#: Who SPIRE's JWT-SVIDs are from, as server.conf and oidc.conf say.
+ISSUER_HOST = "oidc.zt.example"
 
 #: The name of the one node, in its certificate.
 NODE_NAME = "zt-demo node"
@@ -46,6 +50,18 @@ def node() -> None:
     tls = make_server_tls(("node",), name=NODE_NAME)
     replace_file(NODE / "agent" / "agent.key", tls.key, 0o600)
     replace_file(NODE / "authority" / "ca.pem", tls.authorities, 0o644)
+    replace_file(certificate, tls.certificate, 0o644)
+
+
+def issuer() -> None:
+    """For SPIRE's OIDC discovery provider: `tls/server.crt` and its key, and `authority/ca.pem` for the local
+    AWS, which fetches the issuer's keys. Run as the provider's user."""
+    certificate = ISSUER / "tls" / "server.crt"
+    if _lasts(certificate):
+        return
+    tls = make_server_tls((ISSUER_HOST,), name="zt-demo issuer")
+    replace_file(ISSUER / "tls" / "server.key", tls.key, 0o600)
+    replace_file(ISSUER / "authority" / "ca.pem", tls.authorities, 0o644)
     replace_file(certificate, tls.certificate, 0o644)
 
 

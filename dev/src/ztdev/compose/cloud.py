@@ -1,8 +1,8 @@
-"""The local AWS of docker compose: the gate, the issuer of web identities, the logins of the databases.
+"""The local AWS of docker compose: the gate, the logins of the databases, and their rotation.
 
-What the kubelet does on a cluster is done here, too: each service account's token is written into a volume
-that its own container alone has. When the gate ends it is started again, empty, with new passwords; the
-databases are told, and the services read their secrets anew.
+Web identities are JWT-SVIDs here: the issuer is SPIRE, and its keys are fetched from its OIDC discovery
+provider. When the gate ends it is started again, empty, with new passwords; the databases are told, and the
+services read their secrets anew.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from typing import Any
 import psycopg
 
 from ztdev.aws.cloud import DatabaseAddress, LocalCloud, RotationFunction
-from ztdev.aws.issuer import OidcIssuer, TokenFile
+from ztdev.aws.issuer import Issuer
 from ztdev.control import Control, Request, ask
 from ztdev.functions import for_this_machine
 from ztdev.logins import set_passwords
-from ztdev.options import DATABASE_SERVICES
+from ztdev.options import DATABASE_SERVICES, TRUST_DOMAIN
 from ztdev.postgres import Administration
 from ztdev.rotation import Rotation, Rotations
 from ztdev.state import default_tools_directory
 
-from .certificates import DATABASE
+from .certificates import DATABASE, ISSUER, ISSUER_HOST
 from .say import say
 
 PORT = 4566
-TOKENS = Path("/srv/tokens")
-ACCOUNTS = tuple(account for service in DATABASE_SERVICES for account in (service, f"{service}-migrate"))
 CA_FILE = DATABASE / "authority" / "ca.pem"
+ISSUER_CA_FILE = ISSUER / "authority" / "ca.pem"
+SPIRE = Issuer(
+    url=f"https://{ISSUER_HOST}",
+    ca_file=ISSUER_CA_FILE,
+    resolve={f"{ISSUER_HOST}:443": f"{ISSUER_HOST}:8443"},
+)
 
 #: There while the secrets can be read and the databases know them: the health check looks for it.
 READY = Path("/tmp/ready")  # noqa: S108 - of this container alone
@@ -55,21 +59,13 @@ async def run() -> None:
     package = await asyncio.to_thread(for_this_machine, default_tools_directory() / "packages")
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        issuer = await stack.enter_async_context(OidcIssuer(folder / "oidc"))
-        for account in ACCOUNTS:
-            token = TokenFile(
-                TOKENS / account,
-                issuer,
-                service_account=account,
-                on_error=lambda text: say("cloud", "token", detail=text),
-            )
-            await stack.enter_async_context(token)
         cloud = LocalCloud(
             folder / "cloud",
             host="0.0.0.0",  # noqa: S104 - on the networks of those who have a role
             port=PORT,
             names=(f"cloud:{PORT}",),
-            issuer=issuer,
+            issuer=SPIRE,
+            spiffe_trust_domain=TRUST_DOMAIN,
             log_file=None,
             databases={service: DatabaseAddress("postgres", 5432) for service in DATABASE_SERVICES},
             rotation=RotationFunction(package.file, CA_FILE),

@@ -19,7 +19,7 @@ from typing import Any
 
 from ztdev.errors import StackError
 from ztdev.files import replace_file
-from ztdev.options import SERVICES, TRUST_DOMAIN, spiffe_id
+from ztdev.options import TRUST_DOMAIN, spiffe_id
 
 from .certificates import NODE_NAME
 from .say import say
@@ -66,7 +66,7 @@ class Entry:
 
 
 def wanted(project: str, images: Mapping[str, str]) -> list[Entry]:
-    """The entries of the compose project `project`, whose services run `images`.
+    """The entries of the compose project `project`: of each service in `images`, which runs that image.
 
     A container is known by what the engine says of it: its project, its service, and its image. An image
     that compose has built carries the first two as labels of its own, which every container of it inherits;
@@ -100,7 +100,7 @@ def wanted(project: str, images: Mapping[str, str]) -> list[Entry]:
 async def run() -> None:
     """Look, put right, and look again, until cancelled."""
     project = os.environ["COMPOSE_PROJECT_NAME"]
-    entries = wanted(project, {service: os.environ[f"{service.upper()}_IMAGE"] for service in SERVICES})
+    entries = wanted(project, dict(line.split() for line in os.environ["WORKLOADS"].splitlines()))
     fault = ""
     while True:
         try:

@@ -17,7 +17,14 @@ from botocore.exceptions import ClientError
 
 from . import aws_clients
 from .aws_clients import NO_ANSWER, Clients, error_code, no_answer
-from .aws_identity import CredentialsRefused, PodIdentity, SecretError, WebIdentity
+from .aws_identity import (
+    CredentialsRefused,
+    Identity,
+    JwtSvidIdentity,
+    PodIdentity,
+    SecretError,
+    WebIdentity,
+)
 from .reasons import Reason, printable
 
 #: Credentials are renewed when this part of their life is over, give or take 5 %.
@@ -45,13 +52,13 @@ class Credentials:
 class RoleCredentials:
     """The credentials of one identity, renewed in time. For one thread."""
 
-    def __init__(self, identity: WebIdentity | PodIdentity, clients: Clients) -> None:
+    def __init__(self, identity: Identity, clients: Clients) -> None:
         self._identity = identity
         self._issue: Callable[[], Credentials]
-        if isinstance(identity, WebIdentity):
-            self._issue = _Sts(identity, clients).assume_role
-        else:
+        if isinstance(identity, PodIdentity):
             self._issue = _Agent(identity).ask
+        else:
+            self._issue = _Sts(identity, clients).assume_role
         self._credentials: Credentials | None = None
         self._renew_at = 0.0
 
@@ -86,7 +93,7 @@ class RoleCredentials:
 class _Sts:
     """AssumeRoleWithWebIdentity, at the regional endpoint. The token is the credential: nothing is signed."""
 
-    def __init__(self, identity: WebIdentity, clients: Clients) -> None:
+    def __init__(self, identity: WebIdentity | JwtSvidIdentity, clients: Clients) -> None:
         self._identity = identity
         self._clients = clients
         self._client: Any = None
@@ -126,7 +133,7 @@ class _Sts:
         if code in ("InvalidIdentityToken", "ExpiredTokenException", "ExpiredToken"):
             return CredentialsRefused(
                 Reason.WEB_IDENTITY_REFUSED,
-                f"STS does not accept the token in {self._identity.token_file} for {role} ({code}). "
+                f"STS does not accept the token of {self._identity.token_origin} for {role} ({code}). "
                 f"It says: {_claims_hint(token)}",
             )
         return no_answer("STS", code)

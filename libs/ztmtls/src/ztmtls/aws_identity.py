@@ -1,9 +1,10 @@
-"""Who a workload is to AWS: a role assumed by web identity (IRSA), or the one that EKS Pod Identity gives.
+"""Who a workload is to AWS: a role assumed by web identity (IRSA, JWT-SVID), or what EKS Pod Identity gives.
 
 `identity_from_env` looks at what the environment offers and takes exactly one:
 
 1. **Web identity**, when AWS_ROLE_ARN or AWS_WEB_IDENTITY_TOKEN_FILE is set. A half of it is a fault, also
-   beside a Pod Identity.
+   beside a Pod Identity. Where AWS_WEB_IDENTITY_TOKEN_FROM is ``workload-api``, the token is a **JWT-SVID**
+   of this workload and in no file; the role then trusts its SPIFFE ID, and SPIRE's OIDC discovery provider.
 2. **EKS Pod Identity**, when AWS_CONTAINER_CREDENTIALS_FULL_URI or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE is
    set. Its agent is on this node, at a link-local address of EKS (or on the loopback interface).
 3. Otherwise there is none, and the start is refused.
@@ -25,6 +26,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from .reasons import Reason, Refusal, printable
+from .workload_endpoint import parse_endpoint
 
 _ROLE_ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
 _REGION = re.compile(r"[a-z0-9-]{1,32}", re.ASCII)
@@ -46,6 +48,12 @@ _OTHER_CREDENTIALS = {
 
 #: Where the EKS Pod Identity Agent answers (EKS User Guide, "Understand how EKS Pod Identity works").
 _AGENT_ADDRESSES = frozenset(map(ipaddress.ip_address, ("169.254.170.23", "fd00:ec2::23")))
+
+#: What a JWT-SVID for STS is made out to: the client ID of the IAM OIDC provider.
+_AUDIENCE = "sts.amazonaws.com"
+
+#: How one asks for it.
+_FROM = "AWS_WEB_IDENTITY_TOKEN_FROM=workload-api"
 
 _log = logging.getLogger(__name__)
 
@@ -94,15 +102,12 @@ class WebIdentity:
                 f"IRSA was not injected: {' and '.join(missing)} not set. Check that the service account has "
                 "the annotation eks.amazonaws.com/role-arn, then delete the pod: the next one gets them"
             )
-        role_arn = environ["AWS_ROLE_ARN"]
-        if not _ROLE_ARN.fullmatch(role_arn):
-            raise _missing(f"AWS_ROLE_ARN is not the ARN of an IAM role: {printable(role_arn)}")
         identity = cls(
-            role_arn=role_arn,
+            role_arn=_role_arn(environ),
             token_file=Path(environ["AWS_WEB_IDENTITY_TOKEN_FILE"]),
             region=_region(environ),
             session_name=_session_name(environ),
-            sts_endpoint=environ.get("AWS_ENDPOINT_URL_STS") or environ.get("AWS_ENDPOINT_URL") or None,
+            sts_endpoint=_sts_endpoint(environ),
         )
         identity.read_token()
         return identity
@@ -115,6 +120,89 @@ class WebIdentity:
                 may not read, the user.
         """
         return _read_token(self.token_file)
+
+    @property
+    def token_origin(self) -> str:
+        """Where the token is from, in words."""
+        return str(self.token_file)
+
+    def __str__(self) -> str:
+        return self.role_arn
+
+
+@dataclass(frozen=True)
+class JwtSvidIdentity:
+    """A role that this workload may assume with its own JWT-SVID (AssumeRoleWithWebIdentity).
+
+    The role's trust policy names SPIRE's issuer, whose OIDC discovery provider AWS knows, and under ``sub``
+    the SPIFFE ID. The token is fetched from the Workload API each time, and never in a file. `spiffe_id` is
+    which of our identities; None for the first that the agent names. Needs the extra `jwt`.
+    """
+
+    kind: ClassVar[str] = "JWT-SVID"
+
+    role_arn: str
+    endpoint: str
+    spiffe_id: str | None
+    region: str
+    session_name: str
+    sts_endpoint: str | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> JwtSvidIdentity:
+        """Read AWS_ROLE_ARN, SPIFFE_ENDPOINT_SOCKET, SPIFFE_ID (optional), and the rest as
+        `WebIdentity.from_env`. The agent is not asked yet: it may come later than we.
+
+        Raises:
+            CredentialsRefused: ``web_identity_conflict`` when the environment offers other credentials too,
+                a token file among them; ``web_identity_missing`` when a variable is missing or wrong.
+        """
+        environ = os.environ if environ is None else environ
+        _refuse_other_credentials(environ)
+        if environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+            raise CredentialsRefused(
+                Reason.WEB_IDENTITY_CONFLICT,
+                f"AWS_WEB_IDENTITY_TOKEN_FILE is set beside {_FROM}: only one of them can be meant. Unset "
+                "the other",
+            )
+        missing = [name for name in ("AWS_ROLE_ARN", "SPIFFE_ENDPOINT_SOCKET") if not environ.get(name)]
+        if missing:
+            raise _missing(f"{_FROM} needs {' and '.join(missing)}, which is not set")
+        try:
+            parse_endpoint(environ["SPIFFE_ENDPOINT_SOCKET"])
+        except ValueError as error:
+            raise _missing(str(error)) from None
+        return cls(
+            role_arn=_role_arn(environ),
+            endpoint=environ["SPIFFE_ENDPOINT_SOCKET"],
+            spiffe_id=environ.get("SPIFFE_ID") or None,
+            region=_region(environ),
+            session_name=_session_name(environ),
+            sts_endpoint=_sts_endpoint(environ),
+        )
+
+    @property
+    def token_origin(self) -> str:
+        """Where the token is from, in words."""
+        return f"the Workload API at {self.endpoint}"
+
+    def read_token(self) -> str:
+        """A JWT-SVID for STS, fetched now. Blocks for some seconds while there is no agent.
+
+        Raises:
+            CredentialsRefused: ``web_identity_missing``: the agent says that we may have none.
+            SecretError: ``secret_unavailable``: it does not answer, or not what can be used.
+        """
+        from .jwt_source import fetch_once
+        from .source import NoIdentity
+
+        try:
+            return fetch_once(self.endpoint, _AUDIENCE, spiffe_id=self.spiffe_id).token
+        except NoIdentity as error:
+            what = f"no JWT-SVID for {_AUDIENCE}: {error.detail}"
+            if error.reason is Reason.IDENTITY_DENIED:
+                raise _missing(what) from None
+            raise SecretError(Reason.SECRET_UNAVAILABLE, what) from None
 
     def __str__(self) -> str:
         return self.role_arn
@@ -171,25 +259,41 @@ class PodIdentity:
         return "the role of this service account's EKS Pod Identity association"
 
 
-def identity_from_env(environ: Mapping[str, str] | None = None) -> WebIdentity | PodIdentity:
+#: Who a workload can be to AWS.
+Identity = WebIdentity | JwtSvidIdentity | PodIdentity
+
+
+def identity_from_env(environ: Mapping[str, str] | None = None) -> Identity:
     """The one identity that this process uses for AWS, chosen as the module says, and named in the log.
 
     Raises:
         CredentialsRefused: there is none, only half of one, or other credentials stand beside it.
     """
     environ = os.environ if environ is None else environ
-    by_web_identity = _any_of(environ, "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    by_jwt_svid = _by_jwt_svid(environ)
+    by_web_identity = by_jwt_svid or _any_of(environ, "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
     by_pod_identity = _any_of(
         environ, "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
     )
-    identity: WebIdentity | PodIdentity
-    if by_pod_identity and not by_web_identity:
+    identity: Identity
+    if by_jwt_svid:
+        identity = JwtSvidIdentity.from_env(environ)
+    elif by_pod_identity and not by_web_identity:
         identity = PodIdentity.from_env(environ)
     else:
         identity = WebIdentity.from_env(environ)
     beside = "; EKS Pod Identity is offered too, and not used" if by_pod_identity and by_web_identity else ""
     _log.info("AWS credentials by %s: %s%s", identity.kind, identity, beside)
     return identity
+
+
+def _by_jwt_svid(environ: Mapping[str, str]) -> bool:
+    wanted = environ.get("AWS_WEB_IDENTITY_TOKEN_FROM")
+    if wanted and f"AWS_WEB_IDENTITY_TOKEN_FROM={wanted}" != _FROM:
+        raise _missing(
+            f"AWS_WEB_IDENTITY_TOKEN_FROM is {printable(wanted)}; it can be workload-api, or not set"
+        )
+    return bool(wanted)
 
 
 def _any_of(environ: Mapping[str, str], *names: str) -> bool:
@@ -230,6 +334,17 @@ def _agent(uri: str) -> tuple[str, int, str]:
             "role must not be used. Unset it",
         )
     return str(address), port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _role_arn(environ: Mapping[str, str]) -> str:
+    role_arn = environ["AWS_ROLE_ARN"]
+    if not _ROLE_ARN.fullmatch(role_arn):
+        raise _missing(f"AWS_ROLE_ARN is not the ARN of an IAM role: {printable(role_arn)}")
+    return role_arn
+
+
+def _sts_endpoint(environ: Mapping[str, str]) -> str | None:
+    return environ.get("AWS_ENDPOINT_URL_STS") or environ.get("AWS_ENDPOINT_URL") or None
 
 
 def _region(environ: Mapping[str, str]) -> str:

@@ -198,24 +198,12 @@ class JwtSource(SupervisedStream):
         kept = None if fresh else self._cache.get(request)
         bundles = self._bundles
         try:
-            async with open_channel(self.target, **_RECONNECT) as channel:
-                response = await stub_of(channel).FetchJWTSVID(
-                    workload_pb2.JWTSVIDRequest(audience=request.audience, spiffe_id=request.spiffe_id),
-                    metadata=METADATA,
-                    timeout=self._timeout,
-                    wait_for_ready=kept is None,
-                )
-            svid = _chosen(response, request, datetime.now(UTC))
-        except grpc.RpcError as error:
-            code, detail = status_of(error)
-            problem = explain(self.target, code, detail)
-            if code is grpc.StatusCode.PERMISSION_DENIED:
+            svid = await _ask(self.target, request, self._timeout, wait=kept is None)
+        except NoIdentity as failure:
+            if failure.reason is Reason.IDENTITY_DENIED:
                 self._cache.pop(request, None)
-                raise NoIdentity(Reason.IDENTITY_DENIED, problem) from None
-            return self._keep_on(request, kept, NoIdentity(Reason.NO_IDENTITY, problem))
-        except Refusal as refusal:
-            discarded = f"the agent's answer is discarded: {refusal.detail}"
-            return self._keep_on(request, kept, NoIdentity(refusal.reason, discarded))
+                raise
+            return self._keep_on(request, kept, failure)
         if self._bundles is bundles:  # else the key that signed it may be gone already
             now = time.time()
             self._cache = {r: c for r, c in self._cache.items() if c.svid.expiry.timestamp() > now}
@@ -299,6 +287,40 @@ class JwtSource(SupervisedStream):
         super()._close()
 
 
+def fetch_once(
+    endpoint: str | None, audience: str, *, spiffe_id: str | None = None, timeout: float = 5.0
+) -> JwtSvid:
+    """One JWT-SVID of ours for `audience`, asked of the agent now and kept nowhere.
+
+    For a thread without an event loop that needs a token now and then, and no bundles. `endpoint` and
+    `spiffe_id` are those of `JwtSource` and `JwtSource.fetch`. Blocks up to `timeout` seconds.
+
+    Raises `source.NoIdentity` as `JwtSource.fetch` does.
+    """
+    request = _Request((audience,), spiffe_id or "")
+    return asyncio.run(_ask(parse_endpoint(endpoint), request, timeout, wait=True))
+
+
+async def _ask(target: str, request: _Request, timeout: float, *, wait: bool) -> JwtSvid:
+    """Ask the agent once. With `wait`, for one that is being replaced, too."""
+    try:
+        async with open_channel(target, **_RECONNECT) as channel:
+            response = await stub_of(channel).FetchJWTSVID(
+                workload_pb2.JWTSVIDRequest(audience=request.audience, spiffe_id=request.spiffe_id),
+                metadata=METADATA,
+                timeout=timeout,
+                wait_for_ready=wait,
+            )
+        return _chosen(response, request, datetime.now(UTC))
+    except grpc.RpcError as error:
+        code, detail = status_of(error)
+        denied = code is grpc.StatusCode.PERMISSION_DENIED
+        reason = Reason.IDENTITY_DENIED if denied else Reason.NO_IDENTITY
+        raise NoIdentity(reason, explain(target, code, detail)) from None
+    except Refusal as refusal:
+        raise NoIdentity(refusal.reason, f"the agent's answer is discarded: {refusal.detail}") from None
+
+
 def _chosen(response: Any, request: _Request, now: datetime) -> JwtSvid:
     """The token that was asked for; by default the first one (Workload API section 6.2.1)."""
     message = next((m for m in response.svids if request.spiffe_id in ("", m.spiffe_id)), None)
@@ -307,4 +329,4 @@ def _chosen(response: Any, request: _Request, now: datetime) -> JwtSvid:
     return issued_to_us(message.svid, message.spiffe_id, request.audience, now)
 
 
-__all__ = ["JwtSource", "JwtSourceStatus", "NoBundles"]
+__all__ = ["JwtSource", "JwtSourceStatus", "NoBundles", "fetch_once"]

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 
 from .aws_clients import NO_ANSWER, Clients, error_code, no_answer
 from .aws_credentials import Credentials, RoleCredentials
-from .aws_identity import CredentialsRefused, PodIdentity, SecretError, WebIdentity
+from .aws_identity import CredentialsRefused, Identity, SecretError
 from .reasons import Reason
 from .secret_value import SecretValue, parse
 
@@ -47,7 +47,7 @@ class SecretReader:
     def __init__(
         self,
         secret_id: str,
-        identity: WebIdentity | PodIdentity,
+        identity: Identity,
         endpoint_url: str | None,
         required: tuple[str, ...],
     ) -> None:

@@ -1,6 +1,6 @@
 """Database credentials from AWS Secrets Manager, with the one role of this workload and with nothing else.
 
-`identity_from_env` finds that role: by web identity (IRSA) or by EKS Pod Identity, whose variables EKS sets.
+`identity_from_env` finds that role: by web identity (IRSA, or a JWT-SVID) or by EKS Pod Identity.
 `RotatingSecret` keeps the current version of one secret, follows its rotation, and lives through outages of
 AWS on the last good value.
 
@@ -26,13 +26,22 @@ from enum import StrEnum
 from typing import Any
 
 from .audit import AuditLog
-from .aws_identity import CredentialsRefused, PodIdentity, SecretError, WebIdentity, identity_from_env
+from .aws_identity import (
+    CredentialsRefused,
+    Identity,
+    JwtSvidIdentity,
+    PodIdentity,
+    SecretError,
+    WebIdentity,
+    identity_from_env,
+)
 from .reasons import Reason
 from .secret_reader import RotationSchedule, SecretReader
 from .secret_value import SecretValue
 
 __all__ = [
     "CredentialsRefused",
+    "JwtSvidIdentity",
     "PodIdentity",
     "RotatingSecret",
     "SecretError",
@@ -91,7 +100,7 @@ class RotatingSecret:
     def __init__(
         self,
         secret_id: str,
-        identity: WebIdentity | PodIdentity,
+        identity: Identity,
         *,
         endpoint_url: str | None = None,
         max_age: float = 60.0,
