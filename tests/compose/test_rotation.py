@@ -33,8 +33,9 @@ def authority_of(project: Project, slot: str) -> str:
 
 
 TRUSTED = """
-import urllib.request
-for line in urllib.request.urlopen("http://127.0.0.1:9090/metrics", timeout=2).read().decode().splitlines():
+import os, urllib.request
+metrics = f"http://{os.environ['PROBE_HOST']}:9090/metrics"
+for line in urllib.request.urlopen(metrics, timeout=2).read().decode().splitlines():
     if line.startswith("ztmtls_bundle_authorities{"):
         print(line.split()[-1])
 """

@@ -221,7 +221,8 @@ def test_every_setting_is_explained_with_its_default() -> None:
     assert {name.lower() for name in rows} == set(fields)
     for name, default in rows.items():
         field_info = fields[name.lower()]
-        assert default == ("" if field_info.is_required() else f"`{field_info.default}`"), name
+        unset = field_info.is_required() or field_info.default is None
+        assert default == ("" if unset else f"`{field_info.default}`"), name
 
 
 def test_every_command_of_the_makefile_that_is_named_exists() -> None:

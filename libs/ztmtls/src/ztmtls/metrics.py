@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from prometheus_client.registry import Collector as PrometheusCollector
 
 from .audit import AuditLog
 from .live import LiveConnections
-from .source import Source, SourceState
+from .source import NoIdentity, Source, SourceState
 
 if TYPE_CHECKING:  # it needs an extra of its own
     from .secrets import RotatingSecret
@@ -21,6 +22,7 @@ class Collector(PrometheusCollector):
     """Metrics of one source, one audit log and one secret.
 
     ``ztmtls_source_state{state}`` (1 for the present one), ``ztmtls_svid_expiry_timestamp_seconds``,
+    ``ztmtls_svid_not_before_timestamp_seconds`` (while it may be used),
     ``ztmtls_last_update_timestamp_seconds``, ``ztmtls_source_generation``,
     ``ztmtls_source_failures_total``, ``ztmtls_bundle_authorities{trust_domain}``,
     ``ztmtls_decisions_total{event,decision,reason}`` and ``ztmtls_live_connections{generation}``.
@@ -85,6 +87,12 @@ class Collector(PrometheusCollector):
         ):
             if moment is not None:
                 yield GaugeMetricFamily(name, text, value=datetime.fromisoformat(moment).timestamp())
+        with suppress(NoIdentity):
+            yield GaugeMetricFamily(
+                "ztmtls_svid_not_before_timestamp_seconds",
+                "When the life of our SVID began.",
+                value=source.context.svid.leaf.not_valid_before_utc.timestamp(),
+            )
         yield GaugeMetricFamily(
             "ztmtls_source_generation", "Changes of identity or trust so far.", value=status.generation
         )

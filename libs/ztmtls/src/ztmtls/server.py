@@ -118,14 +118,15 @@ async def serve_public(
     http: HttpParser = "auto",
     drain: float = 0.0,
     grace: float = 10.0,
+    tracer: Tracer | None = None,
     on_stopping: Callable[[], None] | None = None,
 ) -> None:
     """Serve `app` over plain HTTP to people, until SIGTERM or SIGINT. No request has an identity here.
 
-    `on_stopping` is called once, before requests in flight get their `grace` seconds: end streams there,
-    which would use them up.
+    With a `tracer`, each request begins a trace. `on_stopping` is called once, before requests in flight get
+    their `grace` seconds: end streams there, which would use them up.
     """
-    config = _config(app, http, grace)
+    config = _config(_traced(app, tracer), http, grace)
     await _run_server(config, bind(host, port, "PORT"), probes, drain, on_stopping=on_stopping)
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -39,6 +40,15 @@ def _endpoint(text: str) -> str:
     return text
 
 
+def _collector(text: str | None) -> str | None:
+    if not text:
+        return None
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be http://host:port or https://host:port")
+    return text
+
+
 def _existing_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"no file at {path}")
@@ -47,6 +57,7 @@ def _existing_file(path: Path) -> Path:
 
 SpiffeIdSetting = Annotated[str, AfterValidator(_spiffe_id)]
 EndpointSetting = Annotated[str, AfterValidator(_endpoint)]
+CollectorSetting = Annotated[str | None, AfterValidator(_collector)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
@@ -76,6 +87,9 @@ class ServiceSettings(BaseSettings):
         0, description="after SIGTERM, go on accepting for this long while readiness is red"
     )
     grace_seconds: Seconds = Field(10, description="then let requests in flight finish for this long")
+    otel_exporter_otlp_endpoint: CollectorSetting = Field(
+        None, description="where spans are sent (OTLP over HTTP), `http://collector:4318`; without it nowhere"
+    )
 
 
 class CalleeSettings(ServiceSettings):

@@ -4,11 +4,13 @@ Give `server.serve` or a client a `tracer` and it makes one span per request, wi
 attributes: ``ztmtls.own.id``, ``ztmtls.peer.id``, ``ztmtls.peer.serial``, ``ztmtls.connection``,
 ``ztmtls.generation``, ``ztmtls.rule``, and ``ztmtls.reason`` for a refusal. The others follow
 OpenTelemetry's conventions for HTTP. Trace context travels in ``traceparent`` (W3C Trace Context); a server
-reads that of a verified caller only. Needs the extra `otel`, and an OpenTelemetry SDK of your choice.
+reads that of a verified caller only. Needs the extra `otel`, and an OpenTelemetry SDK of your choice, or the
+extra `otlp` and `exported`, which sends spans to a collector.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,9 +24,45 @@ from .hop import HopView
 from .identity import NoPeer, request_identity
 from .reasons import Refusal
 
+#: Seconds that the last spans have to reach their collector when a service stops.
+_FLUSH = 2.0
+
+
+@contextmanager
+def exported(service: str, endpoint: str | None) -> Iterator[Tracer | None]:
+    """A tracer whose spans are sent to a collector, or None when there is no `endpoint`.
+
+    `endpoint` is the base address of OTLP over HTTP: spans go to ``<endpoint>/v1/traces``, in batches from a
+    thread of their own. A collector that is away costs spans, never requests; it is told in the log.
+    Sampling, headers and certificates are OpenTelemetry's own variables (``OTEL_TRACES_SAMPLER``,
+    ``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_EXPORTER_OTLP_CERTIFICATE``). Needs the extra `otlp`.
+    """
+    if endpoint is None:
+        yield None
+        return
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}), shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    try:
+        yield provider.get_tracer("ztmtls")
+    finally:
+        # Its own patience with a collector that is away is longer than a stopping service has.
+        flushing = threading.Thread(target=provider.shutdown, name="spans", daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH)
+
 
 class Traced:
-    """ASGI middleware around a `guard.Guard`: a span per request, refused or served."""
+    """ASGI middleware: a span per request, refused or served.
+
+    Around a `guard.Guard`, with the identities of the hop. Around what `server.serve_public` serves there are
+    none, and each request begins a trace of its own.
+    """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self._app = app
@@ -45,7 +83,11 @@ class Traced:
             method,
             context=propagate.extract(headers) if hop else None,
             kind=SpanKind.SERVER,
-            attributes={"http.request.method": method, "url.path": scope["path"], "url.scheme": "https"},
+            attributes={
+                "http.request.method": method,
+                "url.path": scope["path"],
+                "url.scheme": scope["scheme"],
+            },
         ) as span:
 
             async def noting(message: Message) -> None:
@@ -59,7 +101,7 @@ class Traced:
             refusal = refusal_of(scope)
             if refusal is not None:
                 _refused(span, refusal)
-            else:
+            elif hop is not None:
                 span.set_attribute("ztmtls.rule", request_identity(scope).rule or "")
 
 
@@ -144,4 +186,4 @@ def _refused(span: Span, refusal: Refusal) -> None:
     span.set_status(Status(StatusCode.ERROR, str(refusal.reason)))
 
 
-__all__ = ["Traced", "TracedAsyncTransport", "TracedTransport"]
+__all__ = ["Traced", "TracedAsyncTransport", "TracedTransport", "exported"]

@@ -7,6 +7,7 @@ import logging
 from contextlib import nullcontext
 
 import httpx
+from opentelemetry.trace import Tracer
 from pydantic_core import PydanticUndefined
 
 from ztmtls import logs
@@ -16,6 +17,7 @@ from ztmtls.probes import Probes
 from ztmtls.server import run, serve_public
 from ztmtls.settings import load
 from ztmtls.source import X509Source
+from ztmtls.tracing import exported
 
 from .app import create_app
 from .lab import Lab
@@ -38,10 +40,11 @@ def main() -> None:
     ).parse_args()
     settings = load(Settings)
     logs.setup(SERVICE, settings.log_level)
-    run(lambda: serve(settings), loop=settings.loop)
+    with exported(SERVICE, settings.otel_exporter_otlp_endpoint) as tracer:
+        run(lambda: serve(settings, tracer), loop=settings.loop)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, tracer: Tracer | None) -> None:
     """Wait for an identity, then serve the pages; probes answer from the first moment."""
     audit = AuditLog(SERVICE)
     source = X509Source(settings.spiffe_endpoint_socket, expected_id=settings.spiffe_id)
@@ -51,6 +54,7 @@ async def serve(settings: Settings) -> None:
         base_url=settings.orders_url,
         timeout=httpx.Timeout(settings.orders_timeout_seconds, connect=CONNECT_TIMEOUT),
         audit=audit,
+        tracer=tracer,
     )
     orders = Orders(client, hop)
     lab = Lab(settings.lab_socket) if settings.lab_socket else None
@@ -80,6 +84,7 @@ async def serve(settings: Settings) -> None:
             http=settings.http,
             drain=settings.drain_seconds,
             grace=settings.grace_seconds,
+            tracer=tracer,
             on_stopping=streams.close,
         )
 

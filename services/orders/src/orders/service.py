@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Any
 
+from opentelemetry.trace import Tracer
+
 from ztmtls import logs, server
 from ztmtls.audit import AuditLog
 from ztmtls.authz import PolicyFile
@@ -26,7 +28,7 @@ from .settings import Settings
 from .store import Orders
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, tracer: Tracer | None) -> None:
     """Serve until SIGTERM. What is late is waited for, with readiness red and saying why."""
     logs.setup(SERVICE, settings.log_level)
     audit = AuditLog(SERVICE)
@@ -38,7 +40,7 @@ async def serve(settings: Settings) -> None:
     health = DatabaseHealth(database, MIGRATIONS)
     orders = Orders(database)
     client = AsyncClient(
-        source, peer=settings.payments_spiffe_id, base_url=settings.payments_url, audit=audit
+        source, peer=settings.payments_spiffe_id, base_url=settings.payments_url, audit=audit, tracer=tracer
     )
     payments = Payments(client)
     checkout = Checkout(orders, payments)
@@ -86,6 +88,7 @@ async def serve(settings: Settings) -> None:
             drain=settings.drain_seconds,
             grace=settings.grace_seconds,
             live_limits=settings.live_limits(),
+            tracer=tracer,
         )
 
 

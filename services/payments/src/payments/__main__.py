@@ -6,7 +6,9 @@ import argparse
 
 from ztmtls import server
 from ztmtls.settings import MigrationSettings, load
+from ztmtls.tracing import exported
 
+from . import SERVICE
 from .service import migrate, serve
 from .settings import Settings
 
@@ -24,7 +26,8 @@ def main() -> None:
         server.run(lambda: migrate(migration))
     else:
         settings = load(Settings)
-        server.run(lambda: serve(settings), loop=settings.loop)
+        with exported(SERVICE, settings.otel_exporter_otlp_endpoint) as tracer:
+            server.run(lambda: serve(settings, tracer), loop=settings.loop)
 
 
 if __name__ == "__main__":

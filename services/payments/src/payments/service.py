@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Any
 
+from opentelemetry.trace import Tracer
+
 from ztmtls import logs, server
 from ztmtls.audit import AuditLog
 from ztmtls.authz import PolicyFile
@@ -23,7 +25,7 @@ from .migrations import MIGRATIONS
 from .settings import Settings
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, tracer: Tracer | None) -> None:
     """Serve until SIGTERM. What is late is waited for, with readiness red and saying why."""
     logs.setup(SERVICE, settings.log_level)
     audit = AuditLog(SERVICE)
@@ -76,6 +78,7 @@ async def serve(settings: Settings) -> None:
             drain=settings.drain_seconds,
             grace=settings.grace_seconds,
             live_limits=settings.live_limits(),
+            tracer=tracer,
         )
 
 
