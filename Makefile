@@ -63,12 +63,16 @@ proof: setup ## Write docs/proof.md, and the page's copy, from what `make attack
 ##@ In containers, with SPIRE (needs a Docker engine with compose)
 
 .PHONY: up
-up: ## Build the images and start all of docker-compose.yml; again: bring it to what it should be
+up: $(if $(VERIFY),setup .tools/cosign/.built) ## Build the images and start all of docker-compose.yml; again: bring it to what it should be
 	@docker compose version >/dev/null || { echo "Docker with its compose plugin is needed, and an engine that runs." >&2; exit 1; }
-	@docker compose build $(ARGS)
-	@$(if $(PORT),PAGE_PORT=$(PORT)) docker compose up --detach --wait --wait-timeout 300 || { \
+	@$(if $(VERIFY),pinned=$$(.venv/bin/python -m ztdev.images verify --key "$(VERIFY)"); export $$pinned,docker compose build $(ARGS)); \
+	$(if $(PORT),export PAGE_PORT=$(PORT);) docker compose up --no-build --detach --wait --wait-timeout 300 || { \
 	  docker compose ps --all; echo "Not all is up: \`make logs\` says why." >&2; exit 1; }
 	@echo "The page: http://127.0.0.1:$(or $(PORT),$${PAGE_PORT:-8080})"
+
+.PHONY: sign
+sign: setup .tools/syft/.built .tools/cosign/.built ## Sign what the images are, by KEY=cosign.key; `make up VERIFY=cosign.pub` then runs nothing else
+	@exec .venv/bin/python -m ztdev.images sign --key "$(or $(KEY),cosign.key)"
 
 .PHONY: observe
 observe: ## The same with Prometheus, Grafana and Jaeger beside it, and a span of every request
@@ -126,7 +130,7 @@ test-spire: setup spire ## Tests against a real SPIRE server and agent
 	@exec .venv/bin/pytest -q tests/spire $(ARGS)
 
 .PHONY: test-compose
-test-compose: setup .tools/prometheus/.built .tools/jaeger/.built ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
+test-compose: setup $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger syft cosign)) ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
 	@exec .venv/bin/pytest -q tests/compose $(ARGS)
 
 .PHONY: lint-containers
@@ -135,12 +139,8 @@ lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compo
 	@docker compose config --quiet
 
 .PHONY: sbom
-sbom: setup ## Write what each image is made of, from uv.lock, into build/sbom (CycloneDX)
-	@mkdir -p build/sbom
-	@for service in frontend orders payments; do \
-	  $(UV) export --quiet --frozen --no-dev --package $$service --preview-features sbom-export \
-	    --format cyclonedx1.5 --output-file build/sbom/$$service.cdx.json >/dev/null; done
-	@echo "build/sbom"
+sbom: setup .tools/syft/.built ## Write what each image is made of into build/sbom (CycloneDX), once `make up` has built them
+	@exec .venv/bin/python -m ztdev.images sbom
 
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl

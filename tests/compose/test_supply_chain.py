@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.compose.project import ROOT, Project, docker, run_python
+from ztdev.images import BILLS, bill_of, images
 from ztdev.options import SERVICES
 
 INSTALLED = """
@@ -42,22 +44,51 @@ def normal(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def bills() -> Path:
+def bills(project: Project) -> Path:
     """The folder with the bill of materials of each image."""
-    subprocess.run(["make", "--silent", "sbom"], cwd=ROOT, check=True, timeout=100)
-    return ROOT / "build" / "sbom"
+    subprocess.run(["make", "--silent", "sbom"], cwd=ROOT, check=True, timeout=120)
+    return BILLS
+
+
+def listed(bill: Path, kind: str, below: str = "/") -> dict[str, str]:
+    """Version of each package of a kind (``pypi``, ``deb``, ``golang``) in a bill of materials, as far as it
+    was found `below` a folder."""
+    told = json.loads(bill.read_text())
+    assert told["bomFormat"] == "CycloneDX"
+    packages = [
+        each
+        for each in told["components"]
+        if each.get("purl", "").startswith(f"pkg:{kind}/")
+        and any(
+            fact["name"] == "syft:location:0:path" and fact["value"].startswith(below)
+            for fact in each["properties"]
+        )
+    ]
+    return {normal(each["name"]): each["version"] for each in packages}
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_the_bill_of_materials_names_all_that_is_in_the_image(
-    project: Project, bills: Path, service: str
-) -> None:
-    bill = json.loads((bills / f"{service}.cdx.json").read_text())
-    assert bill["bomFormat"] == "CycloneDX"
-    listed = {normal(each["name"]): each["version"] for each in bill["components"]}
-    listed |= {normal(service): bill["metadata"]["component"]["version"]}
+def test_the_bill_of_materials_names_all_that_is_in_the_image(bills: Path, service: str) -> None:
+    bill = bills / f"{service}.cdx.json"
+    python = listed(bill, "pypi")
     for name, (version, _) in installed(service).items():
-        assert listed.get(normal(name)) == version, name
+        assert python.get(normal(name)) == version, name
+    assert {"base-files", "libc6"} <= set(listed(bill, "deb"))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_is_in_the_image_is_what_was_locked(bills: Path, service: str) -> None:
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    locked = {(normal(each["name"]), each["version"]) for each in packages}
+    found = set(listed(bills / f"{service}.cdx.json", "pypi", below="/opt/zt/").items())
+    assert len(found) > 30
+    assert found <= locked
+
+
+def test_every_image_has_a_bill_of_materials(bills: Path) -> None:
+    assert {bill_of(variable) for variable in images()} == set(bills.iterdir())
+    assert "github-com/spiffe/spire" in listed(bill_of("SPIRE_AGENT_IMAGE"), "golang")
+    assert "ztdev" in listed(bill_of("DEV_IMAGE"), "pypi")
 
 
 @pytest.mark.parametrize("service", SERVICES)

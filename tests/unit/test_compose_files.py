@@ -53,7 +53,9 @@ def test_every_setting_is_documented_and_no_other() -> None:
 
 def test_every_image_has_a_tag_and_none_is_latest() -> None:
     for service in COMPOSE["services"].values():
-        name, _, tag = service["image"].rpartition(":")
+        default = re.fullmatch(r"\$\{[A-Z_]+_IMAGE:-(.+)\}", service["image"])
+        assert default, "a variable can pin it to its content"
+        name, _, tag = default[1].rpartition(":")
         assert name
         assert tag not in ("", "latest")
         assert ("build" not in service) or service["pull_policy"] == "never"
