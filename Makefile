@@ -142,6 +142,13 @@ lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compo
 sbom: setup .tools/syft/.built ## Write what each image is made of into build/sbom (CycloneDX), once `make up` has built them
 	@exec .venv/bin/python -m ztdev.images sbom
 
+.PHONY: vulnerabilities
+vulnerabilities: setup ## Ask osv.dev about every locked distribution of the images (pip-audit); needs that network
+	@mkdir -p build
+	@$(UV) export --quiet --frozen --no-dev --no-emit-workspace --package ztdev --output-file build/audited.txt >/dev/null
+	@exec $(UV) run --quiet --isolated --frozen --only-group audit pip-audit --requirement build/audited.txt \
+	  --require-hashes --disable-pip --vulnerability-service osv --progress-spinner off $(ARGS)
+
 .PHONY: test-interop
 test-interop: setup spire .tools/envoy/.ready .tools/interop/go-peer ## Tests with go-spiffe, Envoy, OpenSSL, curl
 	@exec .venv/bin/pytest -q tests/interop $(ARGS)
