@@ -80,6 +80,10 @@ observe: ## The same with Prometheus, Grafana and Jaeger beside it, and a span o
 	@echo "Dashboards: http://127.0.0.1:$${GRAFANA_PORT:-3000}   alerts: http://127.0.0.1:$${PROMETHEUS_PORT:-9092}/alerts" \
 	  "  traces: http://127.0.0.1:$${JAEGER_PORT:-16686}"
 
+.PHONY: lab
+lab: ## The same with the attack lab on its page; the lab has the engine's socket, so for a machine of your own
+	@LAB_SOCKET=/run/lab/lab.sock COMPOSE_PROFILES=lab $(MAKE) --no-print-directory up
+
 .PHONY: down
 down: ## Stop it; ARGS=--volumes forgets its orders and identities, too
 	@docker compose --profile "*" down $(ARGS)

@@ -1,7 +1,8 @@
 """The attack lab beside a running stack, for the page: HTTP on a Unix socket that this user alone can reach.
 
 `ztdev up --lab tests.attacks.serve` calls `serve`. Attacks need what only the supervisor has (the authority,
-the registrations, the processes), so they run there; the frontend asks over the socket.
+the registrations, the processes), so they run there; the frontend asks over the socket. Beside the containers
+it is `tests.attacks.containers` that serves.
 
     GET  /catalogue   every attack and every control
     GET  /state       what `Runner.state` says
@@ -14,7 +15,7 @@ the registrations, the processes), so they run there; the frontend asks over the
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ HEARTBEAT = 10.0
 
 @asynccontextmanager
 async def serve(stack: Stack, socket: Path) -> AsyncIterator[None]:
-    """Serve the lab of `stack` on `socket` until left; an attack that is under way ends then."""
-    attacks = load_attacks()
-    async with Runner(Lab(stack), attacks) as runner:
+    """Serve the lab of `stack` on `socket` until left."""
+    async with serve_lab(Lab(stack), load_attacks(), socket):
+        yield
+
+
+@asynccontextmanager
+async def serve_lab(lab: Any, attacks: Sequence[Attack], socket: Path) -> AsyncIterator[None]:
+    """Serve `lab` with its `attacks` on `socket` until left; an attack that is under way ends then."""
+    async with Runner(lab, attacks) as runner:
         app = web.AppRunner(make_app(runner, attacks, load_controls()), access_log=None, shutdown_timeout=0.5)
         await app.setup()
         try:

@@ -24,9 +24,11 @@ ROOT = Path(__file__).parents[2]
 #: Short lives, so that everything is renewed, or runs out, while somebody waits for it.
 LIVES = {"SVID_TTL": "20s", "AGENT_TTL": "60s", "CA_TTL": "150s", "ROTATE_EVERY_SECONDS": "15"}
 
-#: Where spans are sent, once somebody listens there (profile `observe`); and what stands for the images of it
-#: where no registry is reached: the same programs, made from their own sources.
-OBSERVED = {
+#: Where the page asks the lab, and where spans are sent, once somebody listens there (profiles `lab` and
+#: `observe`); and what stands for the images of the latter where no registry is reached: the same programs,
+#: made from their own sources.
+PROFILES = {
+    "LAB_SOCKET": "/run/lab/lab.sock",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "http://jaeger:4318",
     "PROMETHEUS_IMAGE": "zt-demo/prometheus:local",
     "JAEGER_IMAGE": "zt-demo/jaeger:local",
@@ -122,7 +124,7 @@ class Project:
     @property
     def environment(self) -> dict[str, str]:
         return (
-            os.environ | LIVES | OBSERVED | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
+            os.environ | LIVES | PROFILES | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
         )
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:

@@ -112,6 +112,7 @@ async def test_without_a_lab_there_is_no_such_address(browser: Browser, method: 
 
 
 def test_a_lab_is_for_this_machine_only(settings: dict[str, Any], socket: Path) -> None:
+    assert Settings(**settings, lab_socket="").lab_socket is None
     Settings(**settings, lab_socket=socket)
     with pytest.raises(ValidationError, match="MODE=local"):
         Settings(**settings | {"mode": "eks", "allowed_hosts": "shop.example"}, lab_socket=socket)

@@ -111,11 +111,12 @@ class Catalogue(Model):
     controls: Mapping[str, Control]
 
     def by_pillar(self) -> list[tuple[str, list[Attack]]]:
-        """Each pillar's title with its attacks."""
-        return [
+        """Each pillar's title with its attacks, of those that are attacked here."""
+        sorted_out = [
             (title, [attack for attack in self.attacks if attack.pillar == pillar])
             for pillar, title in TITLES.items()
         ]
+        return [(title, attacks) for title, attacks in sorted_out if attacks]
 
 
 class Lab:
@@ -233,5 +234,5 @@ def lab_problem(pages: Pages, request: Request, error: LabUnavailable) -> Respon
         503,
         Reason.DEPENDENCY_UNAVAILABLE,
         "The attack lab does not answer",
-        f"It runs in the supervisor that started this stack. {error.args[0]}",
+        f"It is run by whoever started this stack. {error.args[0]}",
     )

@@ -82,6 +82,11 @@ class Settings(ServiceSettings):
         None, description="Unix socket of the attack lab; `local` only, and without it the lab has no address"
     )
 
+    @field_validator("lab_socket", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
+
     @field_validator("lab_socket")
     @classmethod
     def _lab_is_local(cls, value: Path | None, info: ValidationInfo) -> Path | None:

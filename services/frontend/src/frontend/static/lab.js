@@ -121,7 +121,7 @@
     put("reason", proof.reason);
     put("peer", proof.line.peer_id ?? "none");
     put("seen", proof.seen);
-    put("line", Object.keys(proof.line).length ? JSON.stringify(proof.line, null, 2) : "");
+    put("line", Object.keys(proof.line).length ? JSON.stringify(proof.line, null, 2) : lab.dataset.noLine);
     find('[data-fact="control"]', facts).className = "reason";
     put("ablation", outcome(proof, (stop) => `: ${stop.seen}`) || "trying …");
     put("fault", proof.fault);
