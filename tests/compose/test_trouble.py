@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.compose.project import Project, docker, run_python, until
+from tests.compose.test_rotation import chain
 from tests.orders_meanwhile import OrdersMeanwhile
 from ztdev.shop import Visitor
 
@@ -24,6 +25,11 @@ def an_order_is_paid(project: Project) -> bool:
 
 def all_is_healthy(project: Project, *services: str) -> bool:
     return all(project.container(service)["State"]["Health"]["Status"] == "healthy" for service in services)
+
+
+def serials(project: Project) -> set[str]:
+    """Those of the certificates that the services have now."""
+    return {str(service["identity"]["serial"]) for service in chain(project) if service.get("identity")}
 
 
 @pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "oidc", "cloud"])
@@ -56,11 +62,13 @@ def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -
     """Another authority, no entries, no agents: the registrar and the agent begin anew, by themselves."""
     data = f"{project.name}_spire-data"
     docker("kill", "--signal", "KILL", project.container("spire-server")["Id"])
+    before = serials(project)  # nobody gets a certificate while the server is away
     wipe = "import os; [os.unlink(entry) for entry in os.scandir('/data')]"
     run_python(wipe, options=("--volume", f"{data}:/data"))
     docker("start", project.container("spire-server")["Id"])
     until(lambda: all_is_healthy(project, "spire-server", "registrar", "spire-agent"), 90, "SPIRE is back")
-    until(lambda: an_order_is_paid(project), 120, "an order by identities of the new authority")
+    until(lambda: not before & serials(project), 120, "every service has a certificate of the new authority")
+    until(lambda: an_order_is_paid(project), 60, "an order by them")
 
 
 @pytest.mark.timeout(420)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.compose.project import Project
+from tests.compose.project import Project, until
 
 ROLE = "arn:aws:iam::111122223333:role/zt-demo-"
 
@@ -39,6 +39,13 @@ else:
 def take(project: Project, service: str, role: str, audience: str = "sts.amazonaws.com") -> dict[str, Any]:
     told: dict[str, Any] = json.loads(project.python(service, TAKE, ROLE + role, audience))
     return told
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published(project: Project) -> None:
+    """The provider has the keys by which tokens are signed now. It looks every two seconds, and less often
+    while the agent is away."""
+    until(lambda: "access_key" in take(project, "orders", "orders"), 120, "the keys are published")
 
 
 @pytest.mark.parametrize("service", ["orders", "payments"])
