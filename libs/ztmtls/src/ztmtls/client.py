@@ -24,7 +24,8 @@ from yarl import URL
 
 from .audit import AuditLog
 from .authz import Authorizer, exact
-from .hop import HopView
+from .hop import CONNECTION
+from .hop import hop as hop
 from .ids import SpiffeId
 from .reasons import Reason, Refusal
 from .source import Source
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = httpx.Timeout(10.0, connect=5.0, pool=5.0)
 DEFAULT_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=30.0)
-_HOP = "ztmtls_connection"
 # A pool is retired this long before the first of its peers' certificates runs out.
 _EXPIRY_MARGIN = timedelta(seconds=1)
 
@@ -68,15 +68,6 @@ class NoIdentityError(httpx.ConnectError, Refusal):
     def __init__(self, refusal: Refusal) -> None:
         Refusal.__init__(self, refusal.reason, refusal.detail)
         self._request = None
-
-
-def hop(response: httpx.Response) -> HopView:
-    """What this client verified about the server that sent `response`.
-
-    Raises `KeyError` for a response that no ztmtls client received.
-    """
-    connection: Connection = response.extensions[_HOP]
-    return connection.view()
 
 
 class AsyncClient(httpx.AsyncClient):
@@ -361,7 +352,7 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
             extensions={
                 "http_version": b"HTTP/1.1",
                 "reason_phrase": (raw.reason or "").encode("latin-1", "replace"),
-                _HOP: raw.ztmtls_connection,
+                CONNECTION: raw.ztmtls_connection,
             },
         )
 
@@ -460,7 +451,7 @@ class _SyncTransport(httpx.BaseTransport):
                 idle.close()
             response = pool.transport.handle_request(request)
             socket = response.extensions["network_stream"].get_extra_info("socket")
-            response.extensions[_HOP] = connection_of(socket)
+            response.extensions[CONNECTION] = connection_of(socket)
         except BaseException as error:
             self._release(pool)
             _raise_refusal(error, outer)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .svid import IdentitySummary
+
+if TYPE_CHECKING:  # it comes with the extra `client`
+    import httpx
+
+#: Where a client leaves the connection of a response, among the response's extensions.
+CONNECTION = "ztmtls_connection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +45,12 @@ class HopView:
             "connection": self.connection,
             "rule": self.rule,
         }
+
+
+def hop(response: httpx.Response) -> HopView:
+    """What a client of ours verified about the server that sent `response`.
+
+    Raises `KeyError` for a response that no ztmtls client received.
+    """
+    view: HopView = response.extensions[CONNECTION].view()
+    return view

@@ -20,7 +20,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from .asgi import ASGIApp, Message, Receive, Scope, Send
 from .guard import refusal_of
-from .hop import HopView
+from .hop import HopView, hop
 from .identity import NoPeer, request_identity
 from .reasons import Refusal
 
@@ -162,8 +162,6 @@ def _client_span(tracer: Tracer, request: httpx.Request) -> Iterator[Span]:
 
 
 def _received(span: Span, response: httpx.Response) -> None:
-    from .client import hop
-
     span.set_attribute("http.response.status_code", response.status_code)
     _describe(span, hop(response))
 
