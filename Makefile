@@ -133,9 +133,14 @@ spire: .tools/spire/.built ## Build SPIRE into .tools/spire; 5 to 20 minutes the
 test-spire: setup spire ## Tests against a real SPIRE server and agent
 	@exec .venv/bin/pytest -q tests/spire $(ARGS)
 
+# The first test of these two builds images and starts everything: its time is more than an ordinary test's.
 .PHONY: test-compose
 test-compose: setup $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger syft cosign)) ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
-	@exec .venv/bin/pytest -q tests/compose $(ARGS)
+	@exec .venv/bin/pytest -q --timeout 600 tests/compose $(ARGS)
+
+.PHONY: test-k8s
+test-k8s: setup .tools/spire-controller-manager/.built ## Tests of k8s/overlays/local on the cluster of KUBECONFIG; K8S_LOAD=COMMAND loads an image there
+	@exec .venv/bin/pytest -q --timeout 600 tests/k8s $(ARGS)
 
 .PHONY: lint-containers
 lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compose.yml

@@ -1,8 +1,9 @@
-"""The local AWS of docker compose: the gate, the logins of the databases, and their rotation.
+"""The local AWS beside containers: the gate, the logins of the databases, and their rotation.
 
-Web identities are JWT-SVIDs here: the issuer is SPIRE, and its keys are fetched from its OIDC discovery
-provider. When the gate ends it is started again, empty, with new passwords; the databases are told, and the
-services read their secrets anew.
+In docker compose web identities are JWT-SVIDs: the issuer is SPIRE, and its keys are fetched from its OIDC
+discovery provider. On a cluster they are tokens of service accounts, and the cluster is the issuer. When the
+gate ends it is started again, empty, with new passwords; the databases are told, and the services read their
+secrets anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 
@@ -33,6 +35,7 @@ from .say import say
 PORT = 4566
 CA_FILE = DATABASE / "authority" / "ca.pem"
 ISSUER_CA_FILE = ISSUER / "authority" / "ca.pem"
+#: Whose tokens are taken, by default: SPIRE's.
 SPIRE = Issuer(
     url=f"https://{ISSUER_HOST}",
     ca_file=ISSUER_CA_FILE,
@@ -59,15 +62,17 @@ async def run() -> None:
     package = await asyncio.to_thread(for_this_machine, default_tools_directory() / "packages")
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        issuer, trust_domain = _issuer()
+        name, address = os.environ.get("CLOUD_NAME", "cloud"), os.environ.get("DB_HOST", "postgres")
         cloud = LocalCloud(
             folder / "cloud",
             host="0.0.0.0",  # noqa: S104 - on the networks of those who have a role
             port=PORT,
-            names=(f"cloud:{PORT}",),
-            issuer=SPIRE,
-            spiffe_trust_domain=TRUST_DOMAIN,
+            names=(f"{name}:{PORT}",),
+            issuer=issuer,
+            spiffe_trust_domain=trust_domain,
             log_file=None,
-            databases={service: DatabaseAddress("postgres", 5432) for service in DATABASE_SERVICES},
+            databases={service: DatabaseAddress(address, 5432) for service in DATABASE_SERVICES},
             rotation=RotationFunction(package.file, CA_FILE),
             environment_dir=default_tools_directory() / "aws-env",
         )
@@ -84,6 +89,16 @@ async def run() -> None:
             await deployed.wait()
             if every:
                 group.create_task(rotations.run())
+
+
+def _issuer() -> tuple[Issuer, str]:
+    """Whose tokens are taken, and the trust domain when these are JWT-SVIDs: SPIRE's, or on a cluster, whose
+    address is then ISSUER_URL and authority ISSUER_CA_FILE, its own."""
+    url = os.environ.get("ISSUER_URL")
+    if url is None:
+        return SPIRE, TRUST_DOMAIN
+    host = f"{urlsplit(url).hostname}:{urlsplit(url).port or 443}"
+    return Issuer(url, Path(os.environ["ISSUER_CA_FILE"]), {host: host}), ""
 
 
 async def _keep_running(

@@ -229,7 +229,9 @@ class IssuerKeys:
         context = ssl.create_default_context(cafile=self._ca_file)
         connection = _ConnectionTo(target, parts.hostname, context)
         try:
-            connection.request("GET", parts.path or "/", headers={"Accept": "application/json"})
+            connection.request(
+                "GET", parts.path or "/", headers={"Accept": "application/json, application/jwk-set+json"}
+            )
             answer = connection.getresponse()
             body = answer.read(_MAX_DOCUMENT + 1)
         finally:
