@@ -7,7 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ztdev.shop import Visitor
+from ztdev.shop import NotPlaced, Visitor
+
+
+def an_order_is_paid(url: str) -> bool:
+    """Whether somebody who orders on the page at `url` now has paid in the end."""
+    try:
+        with Visitor(url) as visitor:
+            return bool(visitor.order()["order"]["status"] == "paid")
+    except NotPlaced:
+        return False
 
 
 class OrdersMeanwhile:

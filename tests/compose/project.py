@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,14 +99,6 @@ def probe(place: Sequence[str], targets: Sequence[tuple[str, int]]) -> list[str]
     """What becomes of connections to `targets` (host, port), from a container with the options `place`."""
     outcomes: list[str] = json.loads(run_python(PROBE, options=place, given=json.dumps(targets)))
     return outcomes
-
-
-def until(holds: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait until `holds()`, or fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.3)
 
 
 @dataclass

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from tests.attacks.catalogue import load_container_attacks
-from tests.compose.project import Project, until
+from tests.compose.project import Project
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

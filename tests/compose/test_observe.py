@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 import yaml
 
-from tests.compose.project import ROOT, Project, docker, probe, until
+from tests.compose.project import ROOT, Project, docker, probe
 from tests.compose.test_containers import CHAIN, held
+from tests.waiting import until
 from ztdev.shop import Visitor
 
 OBSERVE = ROOT / "dev" / "compose" / "observe"
@@ -72,7 +74,7 @@ def test_every_query_of_the_dashboard_finds_what_it_shows(watched: Project) -> N
     until(lambda: len(ask(watched, 'up{job="services"} == 1')) == len(CHAIN), 30, "all three services answer")
     for name, query in QUERIES.items():
         if name not in QUIET:
-            until(lambda query=query: ask(watched, query), 20, f"{name}: {query}")  # type: ignore[misc]
+            until(partial(ask, watched, query), 20, f"{name}: {query}")
         else:
             ask(watched, query)
     services = {each["metric"]["service"] for each in ask(watched, QUERIES["State of the identity A"])}
@@ -80,18 +82,12 @@ def test_every_query_of_the_dashboard_finds_what_it_shows(watched: Project) -> N
 
 
 def test_no_alert_fires_while_all_is_well(watched: Project) -> None:
-    groups = api(watched, "prometheus", 9090, "/api/v1/rules")["groups"]
-    rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
-    assert set(rules) == {rule["alert"] for rule in RULES}
-    until(
-        lambda: all(
-            rule["health"] == "ok"
-            for group in api(watched, "prometheus", 9090, "/api/v1/rules")["groups"]
-            for rule in group["rules"]
-        ),
-        20,
-        "every rule has been evaluated",
-    )
+    def health() -> dict[str, str]:
+        groups = api(watched, "prometheus", 9090, "/api/v1/rules")["groups"]
+        return {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+
+    assert set(health()) == {rule["alert"] for rule in RULES}
+    until(lambda: set(health().values()) == {"ok"}, 20, "every rule has been evaluated")
     assert ask(watched, 'ALERTS{alertstate="firing",severity="page"}') == []
 
 

@@ -6,10 +6,10 @@ import json
 import re
 from typing import Any
 
-import httpx
-
-from tests.compose.project import Project, until
+from tests.compose.project import Project
 from tests.orders_meanwhile import OrdersMeanwhile
+from tests.waiting import until
+from ztdev.shop import Visitor
 
 SERVER = ("/opt/spire/bin/spire-server",)
 SOCKET = ("-socketPath", "/srv/spire/socket/api.sock")
@@ -17,8 +17,8 @@ SOCKET = ("-socketPath", "/srv/spire/socket/api.sock")
 
 def chain(project: Project) -> list[dict[str, Any]]:
     """Each service of the chain, as the page's status tells it."""
-    answer = httpx.get(f"{project.url}/status", headers={"Accept": "application/json"}, timeout=10)
-    services: list[dict[str, Any]] = answer.json()["services"]
+    with Visitor(project.url) as visitor:
+        services: list[dict[str, Any]] = visitor.status()["services"]
     return services
 
 

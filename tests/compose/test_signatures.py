@@ -22,9 +22,12 @@ PASSWORD = {"COSIGN_PASSWORD": "of a key that lives for one test"}
 
 def make_key(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    cosign = ROOT / ".tools" / "cosign" / "cosign"
     subprocess.run(
-        [cosign, "generate-key-pair"], cwd=folder, env=os.environ | PASSWORD, capture_output=True, check=True
+        [images.tool("cosign"), "generate-key-pair"],
+        cwd=folder,
+        env=os.environ | PASSWORD,
+        capture_output=True,
+        check=True,
     )
 
 
@@ -87,18 +90,14 @@ def test_anything_else_is_refused(signed: Path, keys: Path, kept: None) -> None:
     assert reason(signed) == "images_unsigned"
 
 
-def test_an_image_that_the_engine_has_not_is_refused(signed: Path, kept: None, keys: Path) -> None:
-    told = json.loads(images.LIST.read_text())
-    told["images"]["ORDERS_IMAGE"]["id"] = "sha256:" + "0" * 64
-    images.LIST.write_text(json.dumps(told))
-    cosign = ROOT / ".tools" / "cosign" / "cosign"
-    offline = ("--use-signing-config=false", "--tlog-upload=false", "--yes", "--bundle", images.SIGNATURE)
-    subprocess.run(
-        [cosign, "sign-blob", "--key", keys / "cosign.key", *offline, images.LIST],
-        env=os.environ | PASSWORD,
-        capture_output=True,
-        check=True,
-    )
+def test_an_image_that_the_engine_has_not_is_refused(
+    signed: Path, kept: None, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in PASSWORD.items():
+        monkeypatch.setenv(name, value)
+    told = json.loads(images.LIST.read_text())["images"]
+    told["ORDERS_IMAGE"]["id"] = "sha256:" + "0" * 64
+    images.sign_list(told, str(keys / "cosign.key"))
     assert reason(signed) == "images_changed"
 
 

@@ -6,21 +6,13 @@ import time
 
 import pytest
 
-from tests.compose.project import Project, docker, run_python, until
+from tests.compose.project import Project, docker, run_python
 from tests.compose.test_rotation import chain
-from tests.orders_meanwhile import OrdersMeanwhile
-from ztdev.shop import Visitor
+from tests.orders_meanwhile import OrdersMeanwhile, an_order_is_paid
+from tests.waiting import until
 
 #: Seconds; see `project.LIVES`. Nothing to wait for with a condition: it is time itself that must pass.
 LONGER_THAN_ANY_LIFE = 160.0
-
-
-def an_order_is_paid(project: Project) -> bool:
-    try:
-        with Visitor(project.url) as visitor:
-            return bool(visitor.order()["order"]["status"] == "paid")
-    except Exception:
-        return False
 
 
 def all_is_healthy(project: Project, *services: str) -> bool:
@@ -50,11 +42,11 @@ def test_orders_go_on_while_what_gives_identities_and_secrets_is_away(project: P
 
 @pytest.mark.parametrize("service", ["postgres", "payments", "orders", "frontend"])
 def test_a_part_of_the_chain_dies_and_comes_back(project: Project, service: str) -> None:
-    assert an_order_is_paid(project)
+    assert an_order_is_paid(project.url)
     docker("kill", "--signal", "KILL", project.container(service)["Id"])
-    assert not an_order_is_paid(project)
+    assert not an_order_is_paid(project.url)
     docker("start", project.container(service)["Id"])
-    until(lambda: an_order_is_paid(project), 60, f"an order after {service} has died")
+    until(lambda: an_order_is_paid(project.url), 60, f"an order after {service} has died")
     until(lambda: all_is_healthy(project, service), 60, f"{service} is healthy")
 
 
@@ -68,16 +60,16 @@ def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -
     docker("start", project.container("spire-server")["Id"])
     until(lambda: all_is_healthy(project, "spire-server", "registrar", "spire-agent"), 90, "SPIRE is back")
     until(lambda: not before & serials(project), 120, "every service has a certificate of the new authority")
-    until(lambda: an_order_is_paid(project), 60, "an order by them")
+    until(lambda: an_order_is_paid(project.url), 60, "an order by them")
 
 
 @pytest.mark.timeout(420)
 def test_a_machine_that_slept_until_everything_had_run_out(project: Project) -> None:
     """No certificate is valid any more, the agent's and the authority's neither."""
-    assert an_order_is_paid(project)
+    assert an_order_is_paid(project.url)
     project.compose("pause")
     time.sleep(LONGER_THAN_ANY_LIFE)
     project.compose("unpause")
     began = time.monotonic()
-    until(lambda: an_order_is_paid(project), 120, "an order after the sleep")
+    until(lambda: an_order_is_paid(project.url), 120, "an order after the sleep")
     print(f"the first order was paid {time.monotonic() - began:.0f} s after the machine woke up")

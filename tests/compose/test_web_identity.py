@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.compose.project import Project, until
+from tests.compose.project import Project
+from tests.waiting import until
 
 ROLE = "arn:aws:iam::111122223333:role/zt-demo-"
 

@@ -10,8 +10,7 @@ import json
 import os
 import shlex
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,17 @@ from typing import Any
 import yaml
 
 from ztdev.errors import StackError
+from ztdev.images import images
 from ztdev.ports import choose_free_ports
 from ztdev.postgres import make_server_tls
 
 ROOT = Path(__file__).parents[2]
 OVERLAY = ROOT / "k8s" / "overlays" / "local"
 
-#: What the overlay calls an image, and its name in the engine here.
-IMAGES = {
-    "zt-demo/frontend": "zt-demo/frontend:local",
-    "zt-demo/orders": "zt-demo/orders:local",
-    "zt-demo/payments": "zt-demo/payments:local",
-    "zt-demo/dev": "zt-demo/dev:local",
-    "postgres": "postgres:17",
-    "ghcr.io/spiffe/spire-server": "ghcr.io/spiffe/spire-server:1.13.3",
-    "ghcr.io/spiffe/spire-agent": "ghcr.io/spiffe/spire-agent:1.13.3",
-    "ghcr.io/spiffe/spire-controller-manager": "ghcr.io/spiffe/spire-controller-manager:0.6.3",
-}
+#: Where the overlay is written with the images that the cluster has.
+PINNED = ROOT / "build" / "k8s-local"
+
+CONTROLLER_MANAGER = "ghcr.io/spiffe/spire-controller-manager:0.6.3"
 
 NAMESPACES = ("zt-demo", "zt-local", "spire-system")
 
@@ -77,25 +70,33 @@ def apply(*objects: dict[str, Any], text: str = "") -> None:
     )
 
 
-def until(holds: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait until `holds()`, or fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.3)
-
-
-def rendered(images: dict[str, str]) -> str:
-    """The overlay with every image by its digest; `images` maps an overlay's name to NAME@DIGEST."""
-    folder = ROOT / "build" / "k8s-local"
-    folder.mkdir(parents=True, exist_ok=True)
+def pin(loaded: dict[str, str]) -> None:
+    """Write the overlay with every image by its digest; `loaded` maps an overlay's name to NAME@DIGEST."""
+    PINNED.mkdir(parents=True, exist_ok=True)
     pinned = [
         {"name": name, "newName": image.partition("@")[0], "digest": image.partition("@")[2]}
-        for name, image in images.items()
+        for name, image in loaded.items()
     ]
-    wrapper = {"resources": [os.path.relpath(OVERLAY, folder)], "images": pinned}
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
-    return kubectl("kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder))
+    wrapper = {"resources": [os.path.relpath(OVERLAY, PINNED)], "images": pinned}
+    (PINNED / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
+
+
+def manifests() -> str:
+    """What `pin` has written, as it is applied."""
+    return kubectl("kustomize", "--load-restrictor", "LoadRestrictionsNone", str(PINNED))
+
+
+def pods_of(service: str) -> list[dict[str, Any]]:
+    """The pods of a service of ours."""
+    selector = f"app.kubernetes.io/name={service}"
+    found: list[dict[str, Any]] = read("pods", "--namespace", "zt-demo", "--selector", selector)["items"]
+    return found
+
+
+def rolled_out(namespace: str, kind: str, seconds: int = 150) -> None:
+    """Wait until all of its pods are those that are wanted now, and ready."""
+    status = ("rollout", "status", f"--timeout={seconds}s", kind)
+    kubectl("--namespace", namespace, *status, timeout=seconds + 20)
 
 
 def database_secrets() -> list[dict[str, Any]]:
@@ -124,14 +125,15 @@ def database_secrets() -> list[dict[str, Any]]:
 
 
 def load_images() -> dict[str, str]:
-    """Build them, and make the cluster have them."""
+    """Build them, and make the cluster have them: what it calls each, by its name without the tag."""
     run("docker", "compose", "build", "--quiet", timeout=1200)
     run(
         *("docker", "build", "--quiet", "--file", "tests/k8s/controller-manager.Dockerfile"),
-        *("--tag", IMAGES["ghcr.io/spiffe/spire-controller-manager"], ".tools/spire-controller-manager"),
+        *("--tag", CONTROLLER_MANAGER, ".tools/spire-controller-manager"),
     )
     load = shlex.split(os.environ["K8S_LOAD"])
-    return {name: run(*load, image).split()[-1] for name, image in IMAGES.items()}
+    wanted = (*images().values(), CONTROLLER_MANAGER)
+    return {image.rpartition(":")[0]: run(*load, image).split()[-1] for image in wanted}
 
 
 @contextmanager
@@ -152,15 +154,16 @@ def page() -> Iterator[str]:
 
 def deploy() -> None:
     """Everything, until it is ready."""
-    manifests = rendered(load_images())
-    objects = [each for each in yaml.safe_load_all(manifests) if each]
+    pin(load_images())
+    text = manifests()
+    objects = [each for each in yaml.safe_load_all(text) if each]
     early = [each for each in objects if each["kind"] in ("Namespace", "CustomResourceDefinition")]
     apply(*early)
     kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", "--all")
     apply({"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", **CSI_DRIVER})
     if not kubectl("--namespace", "zt-local", "get", "secrets", "--output", "name", "--ignore-not-found"):
         apply(*database_secrets())
-    apply(text=manifests)
+    apply(text=text)
     for namespace, kind in (
         ("spire-system", "statefulset/spire-server"),
         ("spire-system", "daemonset/spire-agent"),
@@ -169,7 +172,7 @@ def deploy() -> None:
         ("zt-demo", "deployment/orders"),
         ("zt-demo", "deployment/frontend"),
     ):
-        kubectl("--namespace", namespace, "rollout", "status", "--timeout=150s", kind, timeout=170)
+        rolled_out(namespace, kind)
 
 
 def told() -> str:
@@ -195,9 +198,7 @@ def _try(*arguments: str) -> str:
 
 def remove() -> None:
     """Take away what `deploy` has made; the rest of the cluster is not touched."""
-    folder = str(ROOT / "build" / "k8s-local")
-    text = kubectl("kustomize", "--load-restrictor", "LoadRestrictionsNone", folder)
-    kubectl("delete", "--ignore-not-found", "--wait=false", "--filename", "-", given=text)
+    kubectl("delete", "--ignore-not-found", "--wait=false", "--filename", "-", given=manifests())
 
 
 def python(namespace: str, target: str, program: str, *arguments: str, stdin: str = "") -> str:

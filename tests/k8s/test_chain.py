@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import httpx
 import yaml
 
-from tests.k8s import cluster
-from tests.k8s.cluster import kubectl, read
+from tests.k8s.cluster import apply, manifests, read
+from ztdev.options import SERVICES
 from ztdev.shop import Visitor
-
-SERVICES = ("frontend", "orders", "payments")
 
 
 def test_an_order_is_paid_and_every_hop_is_proved(page: str) -> None:
@@ -21,8 +18,8 @@ def test_an_order_is_paid_and_every_hop_is_proved(page: str) -> None:
 
 
 def test_roles_come_by_the_cluster_s_own_tokens(page: str) -> None:
-    status = httpx.get(f"{page}/status", headers={"Accept": "application/json"}, timeout=10).json()
-    services = {each["service"]: each for each in status["services"]}
+    with Visitor(page) as visitor:
+        services = {each["service"]: each for each in visitor.status()["services"]}
     assert set(services) == set(SERVICES)
     for name in ("orders", "payments"):
         credentials = services[name]["credentials"]
@@ -51,8 +48,7 @@ def test_to_apply_it_again_changes_nothing() -> None:
         return {each["metadata"]["uid"]: each["metadata"]["generation"] for each in found}
 
     before = generations()
-    folder = str(cluster.ROOT / "build" / "k8s-local")
-    text = kubectl("kustomize", "--load-restrictor", "LoadRestrictionsNone", folder)
-    cluster.apply(text=text)
+    text = manifests()
+    apply(text=text)
     assert generations() == before
     assert any(each["kind"] == "ClusterSPIFFEID" for each in yaml.safe_load_all(text) if each)

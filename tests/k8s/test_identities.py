@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.k8s.cluster import apply, kubectl, python, read, until
+from tests.k8s.cluster import apply, kubectl, python, read
+from tests.waiting import until
 
 #: Asks for an identity until it has one, and calls payments with it; or tells that there is none to be had.
 CALL = """

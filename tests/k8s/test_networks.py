@@ -8,19 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.k8s.cluster import apply, kubectl, python, read, until
-
-CONNECT = """
-import concurrent.futures, json, socket, sys
-def outcome(address):
-    try:
-        socket.create_connection(tuple(address), timeout=3).close()
-    except OSError:
-        return False
-    return True
-with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    print(json.dumps(list(pool.map(outcome, json.load(sys.stdin)))))
-"""
+from tests.compose.project import PROBE
+from tests.k8s.cluster import apply, kubectl, pods_of, python, read
+from tests.waiting import until
 
 #: Where each listens, by the name that pods call it by.
 LISTENS = {
@@ -42,15 +32,8 @@ MUST = {
 
 def reached(service: str, *targets: tuple[str, int]) -> list[bool]:
     """Which of `targets` a pod of `service` can connect to."""
-    told: list[bool] = json.loads(
-        python("zt-demo", f"deployment/{service}", CONNECT, stdin=json.dumps(targets))
-    )
-    return told
-
-
-def pod_address(service: str) -> str:
-    pods = read("pods", "--namespace", "zt-demo", "--selector", f"app.kubernetes.io/name={service}")["items"]
-    return str(pods[0]["status"]["podIP"])
+    told = json.loads(python("zt-demo", f"deployment/{service}", PROBE, stdin=json.dumps(targets)))
+    return [outcome == "connected" for outcome in told]
 
 
 @contextmanager
@@ -83,11 +66,8 @@ def test_each_service_reaches_those_it_has_business_with_and_nobody_else(service
 
 def test_a_probes_port_is_for_the_kubelet_alone() -> None:
     for service in ("orders", "payments"):
-        address = pod_address(service)
-        assert reached("frontend", (address, 9090)) == [False]
-        pods = read("pods", "--namespace", "zt-demo", "--selector", f"app.kubernetes.io/name={service}")[
-            "items"
-        ]
+        pods = pods_of(service)
+        assert reached("frontend", (str(pods[0]["status"]["podIP"]), 9090)) == [False]
         assert all(
             condition["status"] == "True"
             for pod in pods

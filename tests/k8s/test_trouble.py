@@ -6,34 +6,21 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.k8s.cluster import kubectl, read, until
-from tests.orders_meanwhile import OrdersMeanwhile
-from ztdev.shop import NotPlaced, Visitor
+from tests.k8s.cluster import kubectl, pods_of, rolled_out
+from tests.orders_meanwhile import OrdersMeanwhile, an_order_is_paid
+from tests.waiting import until
 
 
 def restarted(namespace: str, kind: str) -> None:
     """Replace its pods, as an update of its image does."""
     kubectl("--namespace", namespace, "rollout", "restart", kind)
-    kubectl("--namespace", namespace, "rollout", "status", "--timeout=300s", kind, timeout=320)
+    rolled_out(namespace, kind, 300)
 
 
 def scaled(service: str, replicas: int) -> None:
     kubectl("--namespace", "zt-demo", "scale", f"deployment/{service}", f"--replicas={replicas}")
-    kubectl(
-        "--namespace", "zt-demo", "rollout", "status", "--timeout=150s", f"deployment/{service}", timeout=170
-    )
-    until(
-        lambda: (
-            len(
-                read("pods", "--namespace", "zt-demo", "--selector", f"app.kubernetes.io/name={service}")[
-                    "items"
-                ]
-            )
-            == replicas
-        ),
-        60,
-        f"{replicas} pods of {service}",
-    )
+    rolled_out("zt-demo", f"deployment/{service}")
+    until(lambda: len(pods_of(service)) == replicas, 60, f"{replicas} pods of {service}")
 
 
 def scaled_out_and_back() -> None:
@@ -68,12 +55,4 @@ def test_a_server_that_has_forgotten_everything_gives_identities_again(page: str
     restarted("spire-system", "statefulset/spire-server")
     restarted("zt-demo", "deployment/payments")
     restarted("zt-demo", "deployment/orders")
-
-    def an_order_is_paid() -> bool:
-        try:
-            with Visitor(page) as visitor:
-                return bool(visitor.order()["order"]["status"] == "paid")
-        except NotPlaced:
-            return False
-
-    until(an_order_is_paid, 120, "an order by certificates of the new authority")
+    until(lambda: an_order_is_paid(page), 120, "an order by certificates of the new authority")

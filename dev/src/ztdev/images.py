@@ -65,7 +65,7 @@ def write_bills(found: Mapping[str, str]) -> None:
     for variable, image in found.items():
         bill = bill_of(variable)
         _run(
-            *(_tool("syft"), "scan", f"docker:{image}", "--quiet", "--output", f"cyclonedx-json={bill}"),
+            *(tool("syft"), "scan", f"docker:{image}", "--quiet", "--output", f"cyclonedx-json={bill}"),
             SYFT_CHECK_FOR_APP_UPDATE="false",
             SYFT_FILE_METADATA_SELECTION="none",  # packages; which files are in the image its id says
         )
@@ -82,14 +82,19 @@ def sign(key: str) -> None:
         variable: {"name": name, "id": ids[variable], "sbom": _digest(bill_of(variable))}
         for variable, name in named.items()
     }
+    sign_list(listed, key)
+    print(f"{LIST.relative_to(ROOT)}: {len(listed)} images, signed in {SIGNATURE.relative_to(ROOT)}")
+
+
+def sign_list(listed: Mapping[str, Mapping[str, str]], key: str) -> None:
+    """Write `listed` into `LIST`, and its signature by `key` into `SIGNATURE`."""
     SIGNATURE.unlink(missing_ok=True)
     replace_file(LIST, json.dumps({"images": listed}, indent=2).encode() + b"\n", 0o644)
     # No public log: nobody else has to know what is built here.
     offline = ("--use-signing-config=false", "--tlog-upload=false", "--yes")
-    command = (_tool("cosign"), "sign-blob", "--key", key, *offline, "--bundle", str(SIGNATURE), str(LIST))
+    command = (tool("cosign"), "sign-blob", "--key", key, *offline, "--bundle", str(SIGNATURE), str(LIST))
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:  # it asks and tells
         raise StackError(f"{LIST.relative_to(ROOT)} is not signed.")
-    print(f"{LIST.relative_to(ROOT)}: {len(listed)} images, signed in {SIGNATURE.relative_to(ROOT)}")
 
 
 def verify(key: str) -> dict[str, str]:
@@ -104,7 +109,7 @@ def verify(key: str) -> dict[str, str]:
             "make sign KEY=cosign.key"
         )
     signed = LIST.read_bytes()
-    command = (_tool("cosign"), "verify-blob", "--key", key, "--insecure-ignore-tlog=true")
+    command = (tool("cosign"), "verify-blob", "--key", key, "--insecure-ignore-tlog=true")
     try:
         _run(*command, "--bundle", str(SIGNATURE), "-", given=signed)
     except StackError as error:
@@ -136,7 +141,8 @@ def _digest(file: Path) -> str:
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """The program `name` that `make .tools/NAME/.built` has built."""
     program = TOOLS / name / name
     if not program.is_file():
         raise ProgramMissing(f"{name} is not built yet: make .tools/{name}/.built")

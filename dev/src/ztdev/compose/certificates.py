@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from ztdev.files import replace_file
-from ztdev.postgres import make_server_tls
+from ztdev.postgres import ServerTls, make_server_tls
 
 #: One that has less left is replaced.
 LEAST_LEFT = timedelta(days=60)
@@ -34,35 +34,31 @@ def database() -> None:
     certificate = DATABASE / "tls" / "server.crt"
     if _lasts(certificate):
         return
-    tls = make_server_tls(("postgres",))
-    replace_file(DATABASE / "tls" / "server.key", tls.key, 0o600)
-    replace_file(DATABASE / "authority" / "ca.pem", tls.authorities, 0o644)
     replace_file(DATABASE / "administrator" / "password", secrets.token_urlsafe(32).encode(), 0o444)
-    replace_file(certificate, tls.certificate, 0o644)  # last: what is half done is done again
+    _make(certificate, DATABASE, make_server_tls(("postgres",)))
 
 
 def node() -> None:
     """For SPIRE: by which certificate the agent is the node (`x509pop`), and its authority for the server.
     Run as the agent's user."""
     certificate = NODE / "agent" / "agent.pem"
-    if _lasts(certificate):
-        return
-    tls = make_server_tls(("node",), name=NODE_NAME)
-    replace_file(NODE / "agent" / "agent.key", tls.key, 0o600)
-    replace_file(NODE / "authority" / "ca.pem", tls.authorities, 0o644)
-    replace_file(certificate, tls.certificate, 0o644)
+    if not _lasts(certificate):
+        _make(certificate, NODE, make_server_tls(("node",), name=NODE_NAME))
 
 
 def issuer() -> None:
     """For SPIRE's OIDC discovery provider: `tls/server.crt` and its key, and `authority/ca.pem` for the local
     AWS, which fetches the issuer's keys. Run as the provider's user."""
     certificate = ISSUER / "tls" / "server.crt"
-    if _lasts(certificate):
-        return
-    tls = make_server_tls((ISSUER_HOST,), name="zt-demo issuer")
-    replace_file(ISSUER / "tls" / "server.key", tls.key, 0o600)
-    replace_file(ISSUER / "authority" / "ca.pem", tls.authorities, 0o644)
-    replace_file(certificate, tls.certificate, 0o644)
+    if not _lasts(certificate):
+        _make(certificate, ISSUER, make_server_tls((ISSUER_HOST,), name="zt-demo issuer"))
+
+
+def _make(certificate: Path, folder: Path, tls: ServerTls) -> None:
+    """Write the key beside the `certificate`, and the authority below `folder`."""
+    replace_file(certificate.with_suffix(".key"), tls.key, 0o600)
+    replace_file(folder / "authority" / "ca.pem", tls.authorities, 0o644)
+    replace_file(certificate, tls.certificate, 0o644)  # last: what is half done is done again
 
 
 def _lasts(file: Path) -> bool:
