@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,11 @@ def probe(place: Sequence[str], targets: Sequence[tuple[str, int]]) -> list[str]
 
 @dataclass
 class Project:
-    """The project that is up."""
+    """A project that is up, or will be; `settings` are variables of docker-compose.yml."""
 
     name: str
     port: int
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -114,9 +115,8 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        return (
-            os.environ | LIVES | PROFILES | {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
-        )
+        own = {"COMPOSE_PROJECT_NAME": self.name, "PAGE_PORT": str(self.port)}
+        return {**os.environ, **LIVES, **PROFILES, **own, **self.settings}
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:
         return docker("compose", *arguments, timeout=timeout, env=self.environment)
@@ -160,6 +160,18 @@ def gateways(project: str) -> list[str]:
     """This machine's own addresses towards containers: on the engine's network, and on the page's."""
     networks = json.loads(docker("network", "inspect", "bridge", f"{project}_edge"))
     return [config["Gateway"] for network in networks for config in network["IPAM"]["Config"]]
+
+
+@contextmanager
+def beside(project: Project, name: str, settings: Mapping[str, str]) -> Iterator[Project]:
+    """Another project, of the images that `project` has built, with settings of its own."""
+    (port,) = choose_free_ports(1)
+    other = Project(f"{project.name}-{name}", port, settings)
+    try:
+        other.up()
+        yield other
+    finally:
+        other.compose("down", "--volumes", "--timeout", "10")
 
 
 @contextmanager

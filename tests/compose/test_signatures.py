@@ -5,47 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.compose.project import ROOT, EngineFault, Project, docker
+from tests.compose.conftest import PASSWORD
+from tests.compose.project import ROOT, EngineFault, Project, beside, docker
 from tests.compose.test_containers import ask
 from ztdev import images
 from ztdev.images import ImagesRefused, verify
-from ztdev.ports import choose_free_ports
 from ztdev.shop import Visitor
-
-PASSWORD = {"COSIGN_PASSWORD": "of a key that lives for one test"}
-
-
-def make_key(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    subprocess.run(
-        [images.tool("cosign"), "generate-key-pair"],
-        cwd=folder,
-        env=os.environ | PASSWORD,
-        capture_output=True,
-        check=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ours, and in `other` somebody else's."""
-    folder = tmp_path_factory.mktemp("keys")
-    make_key(folder)
-    make_key(folder / "other")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def signed(project: Project, keys: Path) -> Path:
-    """The public key that the images, which `project` has built, are signed for."""
-    command = ["make", "--silent", "sign", f"KEY={keys / 'cosign.key'}"]
-    subprocess.run(command, cwd=ROOT, env=os.environ | PASSWORD, check=True, timeout=120)
-    return keys / "cosign.pub"
 
 
 @pytest.fixture
@@ -101,39 +71,24 @@ def test_an_image_that_the_engine_has_not_is_refused(
     assert reason(signed) == "images_changed"
 
 
-class Verified(Project):
-    """A project whose images are pinned to their content."""
-
-    pinned: Mapping[str, str]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return super().environment | dict(self.pinned)
-
-
 def test_what_was_signed_runs_and_has_its_identities_alone(project: Project, signed: Path) -> None:
-    (port,) = choose_free_ports(1)
-    verified = Verified(f"{project.name}-signed", port)
-    verified.pinned = verify(str(signed))
-    try:
-        verified.up()
+    pinned = verify(str(signed))
+    with beside(project, "signed", pinned) as verified:
         with Visitor(verified.url) as visitor:
             assert visitor.order()["order"]["status"] == "paid"
         for service, variable in (("orders", "ORDERS_IMAGE"), ("spire-server", "SPIRE_SERVER_IMAGE")):
-            assert verified.container(service)["Image"] == verified.pinned[variable]
+            assert verified.container(service)["Image"] == pinned[variable]
 
         right = {
             "com.docker.compose.project": verified.name,
             "com.docker.compose.service": "payments",
             "com.docker.compose.oneoff": "False",
         }
-        status, said = ask(verified, verified.pinned["PAYMENTS_IMAGE"], **right)
+        status, said = ask(verified, pinned["PAYMENTS_IMAGE"], **right)
         assert status == 0, said
         # The same by its name is not known to be the same: a name can be given to anything.
         status, said = ask(verified, "zt-demo/payments:local", **right)
         assert status != 0, said
-    finally:
-        verified.compose("down", "--volumes", "--timeout", "10")
 
 
 def test_make_up_refuses_before_anything_starts(signed: Path, keys: Path, project: Project) -> None:

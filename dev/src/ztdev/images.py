@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,20 @@ def write_bills(found: Mapping[str, str]) -> None:
     """What each image holds, its Debian packages and Python distributions, as `syft` finds it. `found` are
     the images' ids or tags, by their variables."""
     BILLS.mkdir(parents=True, exist_ok=True)
-    for variable, image in found.items():
+
+    def write(variable: str) -> Path:
         bill = bill_of(variable)
         _run(
-            *(tool("syft"), "scan", f"docker:{image}", "--quiet", "--output", f"cyclonedx-json={bill}"),
+            *(tool("syft"), "scan", f"docker:{found[variable]}", "--quiet"),
+            *("--output", f"cyclonedx-json={bill}"),
             SYFT_CHECK_FOR_APP_UPDATE="false",
             SYFT_FILE_METADATA_SELECTION="none",  # packages; which files are in the image its id says
         )
-        print(bill.relative_to(ROOT), flush=True)
+        return bill
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bill in pool.map(write, found):
+            print(bill.relative_to(ROOT), flush=True)
 
 
 def sign(key: str) -> None:
