@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from cfnlint.api import lint  # type: ignore[import-untyped,unused-ignore]
 from cfnlint.config import ManualArgs  # type: ignore[import-untyped,unused-ignore]
 
+from tests.unit.templates import read_template
 from ztdev.functions import LAMBDA_PLATFORMS, LAMBDA_PYTHON
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "infra" / "workload.yaml"
@@ -28,29 +28,9 @@ ROTATION_ROLES = ["zt-demo-rotate-orders", "zt-demo-rotate-payments"]
 STRANGERS = ["frontend", "default", "order", "orders-", "orders2", "payments-migrate-x"]
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short forms."""
-
-
-def _short_form(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> dict[str, Any]:
-    if isinstance(node, yaml.SequenceNode):
-        value: Any = loader.construct_sequence(node, deep=True)
-    elif isinstance(node, yaml.MappingNode):
-        value = loader.construct_mapping(node, deep=True)
-    else:
-        assert isinstance(node, yaml.ScalarNode)
-        value = loader.construct_scalar(node)
-        if suffix == "GetAtt":
-            value = value.split(".", 1)
-    return {"Ref" if suffix == "Ref" else f"Fn::{suffix}": value}
-
-
-Loader.add_multi_constructor("!", _short_form)
-
-
 @functools.cache
 def load() -> dict[str, Any]:
-    template: dict[str, Any] = yaml.load(TEMPLATE.read_text(), Loader)
+    template: dict[str, Any] = read_template(TEMPLATE)
     return template
 
 

@@ -1,0 +1,203 @@
+"""infra/platform.yaml: what is reached from where, what is encrypted, and that workload.yaml fits on it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.templates import read_template
+
+INFRA = Path(__file__).resolve().parents[2] / "infra"
+PLATFORM = read_template(INFRA / "platform.yaml")
+WORKLOAD = read_template(INFRA / "workload.yaml")
+
+VPC = "10.40.0.0/16"
+
+#: Where people come from, and nobody else.
+DOOR = {"DoorA", "DoorB", "DoorC"}
+
+
+def of_type(kind: str) -> dict[str, dict[str, Any]]:
+    """The properties of every resource of a type, by its name."""
+    return {
+        name: resource["Properties"]
+        for name, resource in PLATFORM["Resources"].items()
+        if resource["Type"] == f"AWS::{kind}"
+    }
+
+
+def statements(value: Any) -> Iterator[dict[str, Any]]:
+    """Every statement of a policy below `value`."""
+    if isinstance(value, dict):
+        if "Effect" in value:
+            yield value
+        for each in value.values():
+            yield from statements(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from statements(each)
+
+
+def addresses(value: Any) -> Any:
+    """What !Cidr and !Select make of the network's addresses."""
+    if value == {"Ref": "VpcCidr"}:
+        return VPC
+    if isinstance(value, dict) and "Fn::Select" in value:
+        index, options = value["Fn::Select"]
+        return addresses(options)[index]
+    block, count, bits = value["Fn::Cidr"]
+    network = ipaddress.ip_network(addresses(block))
+    found = [str(each) for each in network.subnets(new_prefix=32 - bits)][:count]
+    assert len(found) == count
+    return found
+
+
+def test_no_two_subnets_share_an_address() -> None:
+    blocks = {
+        name: ipaddress.ip_network(addresses(it["CidrBlock"])) for name, it in of_type("EC2::Subnet").items()
+    }
+    assert len(blocks) == 18
+    assert all(each.subnet_of(ipaddress.ip_network(VPC)) for each in blocks.values())
+    for one, other in combinations(blocks, 2):
+        assert not blocks[one].overlaps(blocks[other]), (one, other)
+
+
+def test_the_door_alone_has_a_way_to_the_internet() -> None:
+    (route,) = of_type("EC2::Route").values()
+    public = route["RouteTableId"]["Ref"]
+    tables = {
+        it["SubnetId"]["Ref"]: it["RouteTableId"]
+        for it in of_type("EC2::SubnetRouteTableAssociation").values()
+    }
+    assert set(tables) == set(of_type("EC2::Subnet"))
+    for subnet, table in tables.items():
+        assert (public in json.dumps(table)) == (subnet in DOOR), subnet
+    assert not of_type("EC2::NatGateway")
+    assert not any(it.get("MapPublicIpOnLaunch") for it in of_type("EC2::Subnet").values())
+    for name in ("EC2::Route", "EC2::InternetGateway", "ElasticLoadBalancingV2::LoadBalancer"):
+        for resource in of_type(name):
+            assert PLATFORM["Resources"][resource]["Condition"] in ("HasDoor", "HasPublicDoor")
+
+
+def test_nobody_is_let_in_by_an_address_but_at_the_door() -> None:
+    for name, group in of_type("EC2::SecurityGroup").items():
+        assert bool(group.get("SecurityGroupIngress")) == (name == "DoorGroup"), name
+    for name, rule in of_type("EC2::SecurityGroupIngress").items():
+        assert "SourceSecurityGroupId" in rule, name
+        assert rule["FromPort"] == rule["ToPort"], name
+
+
+def test_an_endpoint_is_no_way_into_somebody_else_s_account() -> None:
+    """What is stolen in here could else be carried out by it, with keys of a stranger's account."""
+    for name, endpoint in of_type("EC2::VPCEndpoint").items():
+        for statement in statements(endpoint["PolicyDocument"]):
+            bound = statement.get("Condition") == {
+                "StringEquals": {"aws:PrincipalAccount": {"Ref": "AWS::AccountId"}}
+            }
+            resource = json.dumps(statement["Resource"])
+            assert bound or "${AWS::AccountId}" in resource or "starport-layer-bucket" in resource, name
+
+
+def test_everything_that_is_kept_is_encrypted() -> None:
+    (cluster,) = of_type("EKS::Cluster").values()
+    assert cluster["EncryptionConfig"] == [
+        {"Resources": ["secrets"], "Provider": {"KeyArn": {"Fn::GetAtt": ["ClusterKey", "Arn"]}}}
+    ]
+    for database in of_type("RDS::DBInstance").values():
+        assert database["StorageEncrypted"] is True
+        assert database["PubliclyAccessible"] is False
+        assert "MasterUserPassword" not in database
+    (parameters,) = of_type("RDS::DBParameterGroup").values()
+    assert parameters["Parameters"]["rds.force_ssl"] == "1"
+    for repository in of_type("ECR::Repository").values():
+        assert repository["ImageTagMutability"] == "IMMUTABLE"
+        assert repository["EncryptionConfiguration"]["EncryptionType"] == "KMS"
+    for bucket in of_type("S3::Bucket").values():
+        assert bucket["BucketEncryption"]
+        assert all(bucket["PublicAccessBlockConfiguration"].values())
+
+
+def test_a_pod_does_not_reach_what_its_node_may() -> None:
+    (template,) = of_type("EC2::LaunchTemplate").values()
+    options = template["LaunchTemplateData"]["MetadataOptions"]
+    assert options["HttpTokens"] == "required"
+    assert options["HttpPutResponseHopLimit"] == 1
+    (managed,) = [it["ManagedPolicyArns"] for name, it in of_type("IAM::Role").items() if name == "NodeRole"]
+    assert {arn["Fn::Sub"].rpartition("/")[2] for arn in managed} == {
+        "AmazonEKSWorkerNodeMinimalPolicy",
+        "AmazonEC2ContainerRegistryPullOnly",
+    }
+
+
+def test_network_policies_have_somebody_who_enforces_them() -> None:
+    (values,) = [
+        it["ConfigurationValues"] for it in of_type("EKS::Addon").values() if "ConfigurationValues" in it
+    ]
+    told = json.loads(values["Fn::Sub"])
+    assert told["enableNetworkPolicy"] == "true"
+    assert told["env"]["NETWORK_POLICY_ENFORCING_MODE"] == "${NetworkPolicyMode}"
+
+
+@pytest.mark.parametrize("role", sorted(of_type("IAM::Role")))
+def test_a_role_is_for_one_service_of_aws(role: str) -> None:
+    properties = of_type("IAM::Role")[role]
+    (trust,) = statements(properties["AssumeRolePolicyDocument"])
+    assert set(trust["Principal"]) == {"Service"}
+    if trust["Principal"]["Service"] != "ec2.amazonaws.com":
+        assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}}
+    for statement in statements(properties.get("Policies", [])):
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert not any(action.endswith("*") for action in actions)
+        if statement["Resource"] == "*":
+            assert all(re.fullmatch(r"[a-z0-9]+:Describe\w+", action) for action in actions), role
+
+
+def test_people_come_in_through_the_firewall_and_by_their_names() -> None:
+    (listener,) = of_type("ElasticLoadBalancingV2::Listener").values()
+    assert [action["Type"] for action in listener["DefaultActions"]] == ["authenticate-oidc", "forward"]
+    assert (
+        listener["DefaultActions"][0]["AuthenticateOidcConfig"]["OnUnauthenticatedRequest"] == "authenticate"
+    )
+    assert "TLS13-1-3" in listener["SslPolicy"]
+    (association,) = of_type("WAFv2::WebACLAssociation").values()
+    assert association["ResourceArn"] == {"Ref": "Door"}
+    asked = {parameter for parameter in PLATFORM["Parameters"] if parameter in json.dumps(PLATFORM["Rules"])}
+    assert asked == {"DoorCertificateArn", "DoorIssuer", "DoorClientId", "DoorClientSecretId"}
+
+
+def test_the_other_template_is_given_what_it_asks_for() -> None:
+    given = {
+        match[1]
+        for output in PLATFORM["Outputs"].values()
+        if (match := re.fullmatch(r"(\w+) of workload\.yaml\.", output["Description"]))
+    }
+    assert given <= WORKLOAD["Parameters"].keys()
+    needed = {name for name, parameter in WORKLOAD["Parameters"].items() if "Default" not in parameter}
+    assert needed <= given
+
+
+@pytest.mark.parametrize("name", sorted(PLATFORM["Parameters"]))
+def test_every_parameter_is_used(name: str) -> None:
+    text = json.dumps({key: PLATFORM[key] for key in ("Resources", "Conditions", "Outputs")})
+    assert f'"Ref": "{name}"' in text or f"${{{name}}}" in text
+
+
+def test_the_overlay_s_policies_know_where_the_template_puts_things() -> None:
+    """k8s/overlays/eks has the addresses in it, as they are by default."""
+    texts = "".join(
+        (INFRA.parent / "k8s" / "overlays" / "eks" / name).read_text()
+        for name in ("network.yaml", "kustomization.yaml")
+    )
+    assert PLATFORM["Parameters"]["VpcCidr"]["Default"] == VPC
+    blocks = {addresses(it["Value"]) for name, it in PLATFORM["Outputs"].items() if name.endswith("Cidr")}
+    assert set(re.findall(r"10\.[0-9.]+/[0-9]+", texts)) == blocks
+    (cluster,) = of_type("EKS::Cluster").values()
+    service = ipaddress.ip_network(cluster["KubernetesNetworkConfig"]["ServiceIpv4Cidr"])
+    assert f"{service[1]}/32" in texts
