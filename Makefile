@@ -100,6 +100,12 @@ rotate: ## Rotate the database logins of the containers now; ARGS=orders for one
 ps: ## List the containers, and how they are
 	@exec docker compose ps --all $(ARGS)
 
+##@ On Kubernetes (the cluster that KUBECONFIG names)
+
+.PHONY: verify
+verify: setup ## Prove there that each control is enforced: what is rightful passes, and what isn't is refused
+	@exec .venv/bin/python -m ztdev.kubernetes.verify $(ARGS)
+
 ##@ Work on it
 
 .PHONY: setup
@@ -142,10 +148,24 @@ test-compose: setup $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger sy
 test-k8s: setup .tools/spire-controller-manager/.built ## Tests of k8s/overlays/local on the cluster of KUBECONFIG; K8S_LOAD=COMMAND loads an image there
 	@exec .venv/bin/pytest -q --timeout 600 tests/k8s $(ARGS)
 
+.PHONY: arrows
+arrows: setup ## Draw what the network policies of each overlay allow, into its arrows.md (needs kubectl)
+	@exec .venv/bin/python -m ztdev.kubernetes.picture k8s/overlays/*
+
 .PHONY: lint-containers
 lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compose.yml
 	@$(UV) run --quiet --isolated --frozen --only-group containers hadolint services/*/Dockerfile dev/Dockerfile
 	@docker compose config --quiet
+
+# Each kustomization by itself, rendered into a file of its own. KINDS are those of the schemas' version.
+.PHONY: lint-k8s
+lint-k8s: setup .tools/checkov/.ready ## Render k8s/, hold it against Kubernetes' schemas and check it with checkov (needs kubectl)
+	@rm -rf build/rendered; mkdir -p build/rendered
+	@for each in $$(grep -l "^kind: Kustomization" -r k8s --include=kustomization.yaml); do folder=$$(dirname $$each); \
+	  kubectl kustomize --load-restrictor LoadRestrictionsNone $$folder > build/rendered/$${folder//\//-}.yaml; done
+	@$(UV) run --quiet --isolated --frozen --only-group kubernetes kubernetes-validate --strict --quiet \
+	  --kubernetes-version 1.34 build/rendered/*.yaml
+	@.tools/checkov/bin/checkov --config-file k8s/.checkov.yaml --directory build/rendered
 
 .PHONY: sbom
 sbom: setup .tools/syft/.built ## Write what each image is made of into build/sbom (CycloneDX), once `make up` has built them

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ztdev.errors import StackError
+from ztdev.inside import CONNECT, PYTHON
 from ztdev.ports import choose_free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def docker(*arguments: str, timeout: float = 120, **more: Any) -> str:
 
 def python_of(image: str) -> str:
     """The Python in an image of ours."""
-    return "/srv/zt/.venv/bin/python" if image == TOOLS else "/opt/zt/bin/python"
+    return "/srv/zt/.venv/bin/python" if image == TOOLS else PYTHON
 
 
 def run_python(
@@ -78,26 +79,9 @@ def run_python(
     return docker("run", "--rm", "--interactive", *options, *command, input=given)
 
 
-#: Connects to every address that it is told, and says of each ``connected``; ``refused`` when somebody is
-#: there and does not listen; ``unreachable`` when there was no answer, or no way.
-PROBE = """
-import concurrent.futures, json, socket, sys
-def outcome(address):
-    try:
-        socket.create_connection(address, timeout=2).close()
-    except ConnectionRefusedError:
-        return "refused"
-    except OSError:
-        return "unreachable"
-    return "connected"
-with concurrent.futures.ThreadPoolExecutor(32) as pool:
-    print(json.dumps(list(pool.map(outcome, map(tuple, json.load(sys.stdin))))))
-"""
-
-
 def probe(place: Sequence[str], targets: Sequence[tuple[str, int]]) -> list[str]:
     """What becomes of connections to `targets` (host, port), from a container with the options `place`."""
-    outcomes: list[str] = json.loads(run_python(PROBE, options=place, given=json.dumps(targets)))
+    outcomes: list[str] = json.loads(run_python(CONNECT, options=place, given=json.dumps(targets)))
     return outcomes
 
 

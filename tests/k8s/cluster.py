@@ -6,19 +6,19 @@ and prints what a pod calls it by, with its digest.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ztdev.errors import StackError
+from tests.waiting import until
 from ztdev.images import images
+from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, read, rendered, run
 from ztdev.ports import choose_free_ports
 from ztdev.postgres import make_server_tls
 
@@ -32,42 +32,13 @@ CONTROLLER_MANAGER = "ghcr.io/spiffe/spire-controller-manager:0.6.3"
 
 NAMESPACES = ("zt-demo", "zt-local", "spire-system")
 
+#: An image of each namespace where admission asks where images come from.
+IMAGE_IN = {"zt-demo": "zt-demo/orders", "spire-system": "ghcr.io/spiffe/spire-server"}
+
 #: What the cluster had to say, for whoever looks for the reason of a failure.
 LOG = ROOT / "build" / "k8s.log"
 
 DATABASE_HOST = "postgres.zt-local.svc.cluster.local"
-
-
-class ClusterFault(StackError):
-    """The cluster, or what it was asked for, failed. The text is what kubectl said."""
-
-
-def run(*command: str, given: str = "", timeout: float = 180) -> str:
-    """What a command prints. Raises with what it said when it fails."""
-    done = subprocess.run(
-        command, input=given, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    if done.returncode != 0:
-        raise ClusterFault(f"{shlex.join(command[:6])}: {done.stdout[-2000:]}{done.stderr[-3000:]}".strip())
-    return done.stdout
-
-
-def kubectl(*arguments: str, given: str = "", timeout: float = 180) -> str:
-    return run("kubectl", *arguments, given=given, timeout=timeout)
-
-
-def read(*arguments: str) -> dict[str, Any]:
-    """An object, or a list of them, as the API server has it."""
-    found: dict[str, Any] = json.loads(kubectl("get", *arguments, "--output", "json"))
-    return found
-
-
-def apply(*objects: dict[str, Any], text: str = "") -> None:
-    """Apply objects, or a text of them, as the server itself sees them: an unknown field is a fault."""
-    given = text or yaml.safe_dump_all(objects)
-    kubectl(
-        "apply", "--server-side", "--force-conflicts", "--validate=strict", "--filename", "-", given=given
-    )
 
 
 def pin(loaded: dict[str, str]) -> None:
@@ -77,13 +48,38 @@ def pin(loaded: dict[str, str]) -> None:
         {"name": name, "newName": image.partition("@")[0], "digest": image.partition("@")[2]}
         for name, image in loaded.items()
     ]
-    wrapper = {"resources": [os.path.relpath(OVERLAY, PINNED)], "images": pinned}
+    sources = {
+        "name": "images",
+        "namespace": "zt-admission",
+        "behavior": "merge",
+        "options": {"disableNameSuffixHash": True},
+        "literals": [f"{where}={loaded[name].rpartition('/')[0]}/" for where, name in IMAGE_IN.items()],
+    }
+    wrapper = {
+        "resources": [os.path.relpath(OVERLAY, PINNED)],
+        "images": pinned,
+        "configMapGenerator": [sources],
+    }
     (PINNED / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
 
 
-def manifests() -> str:
+def manifests() -> list[dict[str, Any]]:
     """What `pin` has written, as it is applied."""
-    return kubectl("kustomize", "--load-restrictor", "LoadRestrictionsNone", str(PINNED))
+    return rendered(PINNED)
+
+
+@contextmanager
+def without(policy: str, let_in: Callable[[], bool]) -> Iterator[None]:
+    """Admission as it is while nobody has bound `policy`. `let_in` tells whether it is not asked (any more);
+    the API server takes a moment to notice."""
+    binding = read("validatingadmissionpolicybinding", policy)
+    kubectl("delete", "validatingadmissionpolicybinding", policy)
+    try:
+        until(let_in, 20, f"{policy} is not asked any more")
+        yield
+    finally:
+        apply({**binding, "metadata": {"name": policy}})
+        until(lambda: not let_in(), 20, f"{policy} is asked again")
 
 
 def pods_of(service: str) -> list[dict[str, Any]]:
@@ -155,15 +151,13 @@ def page() -> Iterator[str]:
 def deploy() -> None:
     """Everything, until it is ready."""
     pin(load_images())
-    text = manifests()
-    objects = [each for each in yaml.safe_load_all(text) if each]
+    objects = manifests()
     early = [each for each in objects if each["kind"] in ("Namespace", "CustomResourceDefinition")]
     apply(*early)
     kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", "--all")
-    apply({"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", **CSI_DRIVER})
     if not kubectl("--namespace", "zt-local", "get", "secrets", "--output", "name", "--ignore-not-found"):
         apply(*database_secrets())
-    apply(text=text)
+    apply(*objects)
     for namespace, kind in (
         ("spire-system", "statefulset/spire-server"),
         ("spire-system", "daemonset/spire-agent"),
@@ -198,28 +192,19 @@ def _try(*arguments: str) -> str:
 
 def remove() -> None:
     """Take away what `deploy` has made; the rest of the cluster is not touched."""
-    kubectl("delete", "--ignore-not-found", "--wait=false", "--filename", "-", given=manifests())
+    kubectl(
+        "delete",
+        "--ignore-not-found",
+        "--wait=false",
+        "--filename",
+        "-",
+        given=yaml.safe_dump_all(manifests()),
+    )
 
 
-def python(namespace: str, target: str, program: str, *arguments: str, stdin: str = "") -> str:
-    """Run a program in a container of ours, as its user; `target` is a pod or ``deployment/NAME``."""
-    command = ("--namespace", namespace, "exec", "--stdin", target, "--")
-    return kubectl(*command, PYTHON, "-c", program, *arguments, given=stdin)
-
-
-#: The Python of the services' images.
-PYTHON = "/opt/zt/bin/python"
-
-#: The object of SPIFFE's driver, whose program the cluster under test has or stands in for.
-CSI_DRIVER: dict[str, Any] = {
-    "metadata": {
-        "name": "csi.spiffe.io",
-        "labels": {"security.kubernetes.io/csi-ephemeral-volume-profile": "restricted"},
-    },
-    "spec": {
-        "attachRequired": False,
-        "podInfoOnMount": True,
-        "fsGroupPolicy": "None",
-        "volumeLifecycleModes": ["Ephemeral"],
-    },
-}
+def rows(database: str, query: str) -> list[str]:
+    """What the administrator reads in a database, a line for each row."""
+    password = 'PGPASSWORD="$(cat /srv/database/administrator/password)"'
+    ask = f"{password} psql --username postgres --host /var/run/postgresql -At --dbname {database}"
+    target = ("--namespace", "zt-local", "exec", "--stdin", "statefulset/data", "--container", "postgres")
+    return kubectl(*target, "--", "sh", "-c", ask, given=query).splitlines()

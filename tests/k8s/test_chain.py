@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import yaml
-
-from tests.k8s.cluster import apply, manifests, read
+from tests.k8s.cluster import manifests
+from ztdev.kubernetes.kubectl import apply, read
 from ztdev.options import SERVICES
 from ztdev.shop import Visitor
 
@@ -48,7 +47,7 @@ def test_to_apply_it_again_changes_nothing() -> None:
         return {each["metadata"]["uid"]: each["metadata"]["generation"] for each in found}
 
     before = generations()
-    text = manifests()
-    apply(text=text)
+    objects = manifests()
+    apply(*objects)
     assert generations() == before
-    assert any(each["kind"] == "ClusterSPIFFEID" for each in yaml.safe_load_all(text) if each)
+    assert any(each["kind"] == "ClusterSPIFFEID" for each in objects)

@@ -2,98 +2,46 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from tests.k8s.cluster import apply, kubectl, python, read
+from tests.k8s.cluster import without
+from tests.k8s.test_networks import LISTENS
 from tests.waiting import until
-
-#: Asks for an identity until it has one, and calls payments with it; or tells that there is none to be had.
-CALL = """
-import asyncio, json, sys
-from ztmtls.client import AsyncClient
-from ztmtls.source import NoIdentity, X509Source
-async def main():
-    async with X509Source("unix:///spiffe-workload-api/spire-agent.sock") as source:
-        try:
-            await source.ready(20)
-        except NoIdentity as none:
-            return {"id": None, "reason": str(none.reason)}
-        peer = "spiffe://zt.example/ns/zt-demo/sa/payments"
-        async with AsyncClient(source, peer=peer, base_url="https://payments.zt-demo:8443") as client:
-            answer = await client.get("/payments/00000000-0000-4000-8000-000000000000")
-        told = {"status": answer.status_code, "reason": answer.json()["reason"]}
-        return {"id": str(source.context.svid.id), **told}
-print(json.dumps(asyncio.run(main())))
-"""
-
-
-def image_of(service: str) -> str:
-    found = read("deployment", service, "--namespace", "zt-demo")
-    return str(found["spec"]["template"]["spec"]["containers"][0]["image"])
-
-
-@contextmanager
-def pod(name: str, namespace: str, account: str, labels: dict[str, str]) -> Iterator[str]:
-    """A pod of payments' own image that only waits, held as `restricted` wants it."""
-    metadata: dict[str, Any] = {"namespace": namespace}
-    held = {
-        "runAsNonRoot": True,
-        "runAsUser": 10001,
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-    waits = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit(0)); signal.pause()"
-    container = {
-        "name": "waits",
-        "image": image_of("payments"),
-        "command": ["/opt/zt/bin/python", "-c", waits],
-        "securityContext": held,
-        "volumeMounts": [{"name": "api", "mountPath": "/spiffe-workload-api", "readOnly": True}],
-    }
-    spec = {
-        "serviceAccountName": account,
-        "automountServiceAccountToken": False,
-        "containers": [container],
-        "volumes": [{"name": "api", "csi": {"driver": "csi.spiffe.io", "readOnly": True}}],
-    }
-    apply(
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {**metadata, "name": account}},
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {**metadata, "name": name, "labels": labels},
-            "spec": spec,
-        },
-    )
-    try:
-        kubectl("--namespace", namespace, "wait", "--for=condition=Ready", "--timeout=60s", f"pod/{name}")
-        yield f"pod/{name}"
-    finally:
-        kubectl("--namespace", namespace, "delete", "--now", f"pod/{name}")
+from ztdev.inside import CALL_PAYMENTS, CONNECT
+from ztdev.kubernetes.kubectl import apply, kubectl, python, said_of
+from ztdev.kubernetes.pods import account_of, running, waiting
 
 
 def call(namespace: str, target: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(python(namespace, target, CALL))
+    """Ask payments for a payment that there is not."""
+    payment = "/payments/00000000-0000-4000-8000-000000000000"
+    told: dict[str, Any] = python(namespace, target, CALL_PAYMENTS, [["GET", payment]])
     return told
 
 
 def test_the_same_image_under_another_account_is_somebody_else() -> None:
     rightful = call("zt-demo", "deployment/orders")
     assert rightful["id"] == "spiffe://zt.example/ns/zt-demo/sa/orders"
-    assert rightful["reason"] not in ("caller_not_allowed", "route_not_allowed")
+    ((status, _),) = rightful["answers"]
+    assert status == 404
 
     # With orders' label he is where orders is in the network; who he is, the label does not say.
-    with pod("rogue", "zt-demo", "rogue", {"app.kubernetes.io/name": "orders"}) as rogue:
+    forged = waiting("rogue", account="rogue", label="orders")
+    apply(account_of(forged))
+    assert "account_reused: " in said_of(forged)
+    with without("zt-accounts", lambda: said_of(forged) == ""), running(forged) as rogue:
         refused = call("zt-demo", rogue)
     assert refused == {
         "id": "spiffe://zt.example/ns/zt-demo/sa/rogue",
-        "status": 403,
-        "reason": "caller_not_allowed",
+        "answers": [[403, "caller_not_allowed"]],
     }
+
+
+def test_under_his_own_label_he_reaches_nobody() -> None:
+    """Admission lets him in. The network does not know him."""
+    with running(waiting("rogue", account="rogue", label="rogue")) as rogue:
+        told = python("zt-demo", rogue, CONNECT, list(LISTENS.values()))
+    assert "connected" not in told
 
 
 def test_the_right_account_in_another_namespace_is_nobody() -> None:
@@ -104,7 +52,9 @@ def test_the_right_account_in_another_namespace_is_nobody() -> None:
             20,
             "it is made",
         )
-        with pod("payments", "zt-stranger", "payments", {"app.kubernetes.io/name": "payments"}) as stranger:
+        with running(
+            waiting("payments", account="payments", label="payments", namespace="zt-stranger")
+        ) as stranger:
             assert call("zt-stranger", stranger) == {"id": None, "reason": "identity_denied"}
     finally:
         kubectl("delete", "--wait=false", "namespace", "zt-stranger")

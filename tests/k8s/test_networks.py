@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.compose.project import PROBE
-from tests.k8s.cluster import apply, kubectl, pods_of, python, read
+from tests.k8s.cluster import pods_of
 from tests.waiting import until
+from ztdev.inside import CONNECT
+from ztdev.kubernetes.kubectl import apply, kubectl, python, read
 
 #: Where each listens, by the name that pods call it by.
 LISTENS = {
@@ -32,7 +32,7 @@ MUST = {
 
 def reached(service: str, *targets: tuple[str, int]) -> list[bool]:
     """Which of `targets` a pod of `service` can connect to."""
-    told = json.loads(python("zt-demo", f"deployment/{service}", PROBE, stdin=json.dumps(targets)))
+    told = python("zt-demo", f"deployment/{service}", CONNECT, targets)
     return [outcome == "connected" for outcome in told]
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.k8s.cluster import kubectl, pods_of, rolled_out
+from tests.k8s.cluster import pods_of, rolled_out, rows
 from tests.orders_meanwhile import OrdersMeanwhile, an_order_is_paid
 from tests.waiting import until
+from ztdev.kubernetes.kubectl import ClusterFault, kubectl, read
 
 
 def restarted(namespace: str, kind: str) -> None:
@@ -46,6 +47,58 @@ def test_no_order_fails_while(page: str, trouble: Callable[[], None]) -> None:
         served = orders.paid
         until(lambda: orders.paid > served + 10, 60, "orders afterwards")
     assert orders.failed == {}
+
+
+def killed(service: str) -> None:
+    """One of its pods is gone at once, with all that it was about to answer."""
+    pod = pods_of(service)[0]["metadata"]["name"]
+    kubectl("--namespace", "zt-demo", "delete", "--force", "--grace-period=0", f"pod/{pod}")
+
+
+def test_a_node_that_is_emptied_keeps_one_of_each(page: str) -> None:
+    """There is no other node here: what is evicted has nowhere to go, and the last of each stays."""
+    (node,) = [each["metadata"]["name"] for each in read("nodes")["items"]]
+    services = "app.kubernetes.io/name in (orders,payments)"
+    drain = ("drain", node, f"--pod-selector={services}", "--delete-emptydir-data", "--timeout=20s")
+    orders = OrdersMeanwhile(page)
+    try:
+        with orders.going_on():
+            until(lambda: orders.paid > 5, 30, "orders before")
+            with pytest.raises(ClusterFault, match=r"disruption budget|timeout"):
+                kubectl(*drain)
+            served = orders.paid
+            until(lambda: orders.paid > served + 10, 60, "orders by those that stay")
+    finally:
+        kubectl("uncordon", node)
+        for service in ("orders", "payments"):
+            rolled_out("zt-demo", f"deployment/{service}")
+    assert orders.failed == {}
+
+
+def test_nothing_is_lost_or_paid_twice_while_pods_are_killed(page: str) -> None:
+    """An order that meets a killed pod may fail; the books agree in the end."""
+    orders = OrdersMeanwhile(page)
+    with orders.going_on():
+        for service in ("payments", "orders", "payments", "orders"):
+            served = orders.paid
+            until(lambda served=served: orders.paid > served + 5, 60, "orders before")  # type: ignore[misc]
+            killed(service)
+            rolled_out("zt-demo", f"deployment/{service}")
+        served = orders.paid
+        until(lambda: orders.paid > served + 10, 60, "orders afterwards")
+
+    def books() -> tuple[list[str], list[str]]:
+        """Which orders are paid, and which were charged, as often as they were."""
+        paid = rows("orders", "select id from orders where status <> 'declined' order by id")
+        return paid, rows("payments", "select order_id from charges order by order_id")
+
+    def agree() -> bool:
+        paid, charged = books()
+        return paid == charged
+
+    until(agree, 90, "orders and charges are the same")
+    assert len(books()[0]) >= orders.paid
+    print(f"{orders.paid} orders paid, {sum(orders.failed.values())} not: {orders.failed}")
 
 
 @pytest.mark.timeout(500)

@@ -1,0 +1,1 @@
+"""What the manifests below k8s/ say, read without a cluster."""
