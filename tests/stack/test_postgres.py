@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ztdev.errors import AlreadyRunning, DiskFull, NotReady, PortInUse, ProgramMissing, StateUnusable
 from ztdev.ports import choose_free_ports
-from ztdev.postgres import PostgresServer, make_server_tls
+from ztdev.postgres import PostgresServer, make_server_tls, roles
 from ztdev.postgres import server as server_module
 from ztdev.postgres.binaries import Wheel
 from ztdev.processes import ProcessRef
@@ -395,6 +395,45 @@ async def test_ensuring_a_service_takes_its_logins_out_of_the_groups_of_others(
 
     async with engine_for(secret, target(server, "payments"), patience=0) as engine:
         assert (await refusal(engine)).reason is Reason.DATABASE_DENIED
+
+
+async def test_an_administrator_who_is_no_superuser_makes_the_same(server: PostgresServer) -> None:
+    """As RDS's is: it may create roles and databases, and becomes what it made for no longer than it must."""
+
+    @asynccontextmanager
+    async def connect(database: str) -> AsyncIterator[roles.Connection]:
+        async with server.administrator(database) as connection:
+            await connection.execute("SET SESSION AUTHORIZATION rds_like")
+            yield connection
+
+    async with server.administrator() as connection:
+        await connection.execute("CREATE ROLE rds_like LOGIN CREATEROLE CREATEDB")
+    for _ in range(2):
+        await roles.ensure_service(
+            connect, "refunds", app_password="r-app", owner_password="r-owner", rotator_password="r-rot"
+        )
+
+    with owner_connection(server, "refunds", "r-owner") as owner:
+        owner.execute("CREATE TABLE notes (id int)")
+    where = target(server, "refunds")
+    async with engine_for(Secret("x", "refunds_app", "r-app"), where) as app, app.begin() as session:
+        await session.execute(text("INSERT INTO notes VALUES (1)"))
+        with pytest.raises(ProgrammingError):
+            await session.execute(text("CREATE TABLE more (id int)"))
+    with sync_engine(Secret("x", "refunds_rotator", "r-rot"), where).begin() as session:
+        pgconn = session.connection.driver_connection.pgconn  # type: ignore[union-attr]
+        verifier = pgconn.encrypt_password(b"next", b"refunds_app_clone", b"scram-sha-256").decode()
+        call = text("SELECT rotation.set_password('refunds_app_clone', :verifier)")
+        session.execute(call, {"verifier": verifier})
+    async with engine_for(Secret("x", "refunds_app_clone", "next"), where) as app:
+        assert await check(app) is None
+
+    async with server.administrator() as connection:
+        left = await connection.execute(
+            "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = 'rds_like'::regrole "
+            "AND (inherit_option OR set_option)"
+        )
+        assert await left.fetchall() == []
 
 
 # -- rotation

@@ -65,32 +65,15 @@ class Administration:
         owner_password: str | None = None,
         rotator_password: str | None = None,
     ) -> roles.ServiceRoles:
-        """Make the database `name` and its roles (see `roles`), or bring them back to what they should be.
-
-        Passwords that are None stay as they are; a role that never got one cannot log in. When the app gets
-        one, its twin loses what a rotation may have given it. The rotator, and the function that it may call,
-        are made only when its password is given.
-        """
-        service = roles.ServiceRoles(name)
+        """See `roles.ensure_service`; one at a time."""
         async with self._roles_lock:
-            async with self.administrator() as connection:
-                await roles.ensure_roles_and_database(
-                    connection, service, rotator=rotator_password is not None
-                )
-            async with self.administrator(service.database) as connection:
-                await roles.ensure_schema_rights(connection, service)
-                if rotator_password is not None:
-                    await roles.ensure_rotation_right(connection, service)
-                for role, password in (
-                    (service.app, app_password),
-                    (service.owner, owner_password),
-                    (service.rotator, rotator_password),
-                ):
-                    if password is not None:
-                        await roles.set_password(connection, role, password)
-                if app_password is not None:
-                    await roles.withdraw_password(connection, service.app_clone)
-        return service
+            return await roles.ensure_service(
+                self.administrator,
+                name,
+                app_password=app_password,
+                owner_password=owner_password,
+                rotator_password=rotator_password,
+            )
 
     async def set_password(self, role: str, password: str) -> None:
         """Set one login's password. Open sessions go on; the next login needs the new one."""

@@ -13,6 +13,10 @@ For a service X there is a database X and
 Rights go to the group and never to a login, so that both twins have the same ones (a table made in one
 phase of the rotation is usable in the other). PUBLIC has no right anywhere.
 
+The administrator who makes all this is a superuser on one machine, and on RDS a login with CREATEROLE and
+CREATEDB, which has ADMIN OPTION on the roles that it has made and is a member of none: it becomes one for as
+long as it gives something to a role (`_member_of`).
+
 To set another role's password, PostgreSQL asks for CREATEROLE and for ADMIN OPTION on that role. A login
 that has both could also make roles, drop the twins, or grant them to itself. So no login has them: they
 belong to X_passwords, whose function does the one thing that a rotation needs.
@@ -21,6 +25,8 @@ belong to X_passwords, whose function does the one thing that a rotation needs.
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import psycopg
@@ -31,9 +37,22 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 #: What the services do with rows. No TRUNCATE, REFERENCES or TRIGGER.
 _ROW_RIGHTS = sql.SQL("SELECT, INSERT, UPDATE, DELETE")
 
-_LOGIN = sql.SQL("LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
-_GROUP = sql.SQL("NOLOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS")
-_ALTERS = sql.SQL("NOLOGIN INHERIT NOSUPERUSER NOCREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS")
+_LOGIN = "LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
+_GROUP = "NOLOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
+_ALTERS = "NOLOGIN INHERIT NOSUPERUSER NOCREATEDB CREATEROLE NOREPLICATION NOBYPASSRLS"
+
+#: What of a role is in the catalogue, in the words of CREATE ROLE.
+_OPTIONS = """
+SELECT concat_ws(' ',
+    CASE WHEN rolcanlogin THEN 'LOGIN' ELSE 'NOLOGIN' END,
+    CASE WHEN rolinherit THEN 'INHERIT' ELSE 'NOINHERIT' END,
+    CASE WHEN rolsuper THEN 'SUPERUSER' ELSE 'NOSUPERUSER' END,
+    CASE WHEN rolcreatedb THEN 'CREATEDB' ELSE 'NOCREATEDB' END,
+    CASE WHEN rolcreaterole THEN 'CREATEROLE' ELSE 'NOCREATEROLE' END,
+    CASE WHEN rolreplication THEN 'REPLICATION' ELSE 'NOREPLICATION' END,
+    CASE WHEN rolbypassrls THEN 'BYPASSRLS' ELSE 'NOBYPASSRLS' END)
+FROM pg_roles WHERE rolname = %s
+"""
 
 _MEMBER = sql.SQL("WITH ADMIN FALSE, INHERIT TRUE, SET FALSE")
 _ADMIN_ONLY = sql.SQL("WITH ADMIN TRUE, INHERIT FALSE, SET FALSE")
@@ -86,6 +105,40 @@ class ServiceRoles:
         return f"{self.service}_passwords"
 
 
+async def ensure_service(
+    connect: Callable[[str], AbstractAsyncContextManager[Connection]],
+    name: str,
+    *,
+    app_password: str | None = None,
+    owner_password: str | None = None,
+    rotator_password: str | None = None,
+) -> ServiceRoles:
+    """Make the database `name` and its roles, or bring them back to what they should be. `connect` logs the
+    administrator into a database, in autocommit mode.
+
+    Passwords that are None stay as they are; a role that never got one cannot log in. When the app gets one,
+    its twin loses what a rotation may have given it. The rotator, and the function that it may call, are made
+    only when its password is given.
+    """
+    service = ServiceRoles(name)
+    async with connect("postgres") as connection:
+        await ensure_roles_and_database(connection, service, rotator=rotator_password is not None)
+    async with connect(service.database) as connection:
+        await ensure_schema_rights(connection, service)
+        if rotator_password is not None:
+            await ensure_rotation_right(connection, service)
+        for role, password in (
+            (service.app, app_password),
+            (service.owner, owner_password),
+            (service.rotator, rotator_password),
+        ):
+            if password is not None:
+                await set_password(connection, role, password)
+        if app_password is not None:
+            await withdraw_password(connection, service.app_clone)
+    return service
+
+
 async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles, *, rotator: bool) -> None:
     """Bring roles, memberships and the database to the state above. `connection` is the administrator's, to
     any database, in autocommit mode (CREATE DATABASE cannot run in a transaction)."""
@@ -99,10 +152,12 @@ async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles,
     if rotator:
         wanted |= {roles.rotator: _LOGIN, roles.passwords: _ALTERS}
     for role, options in wanted.items():
-        verb = "ALTER" if await _exists(connection, "pg_roles", "rolname", role) else "CREATE"
-        await connection.execute(
-            sql.SQL("{} ROLE {} WITH {}").format(sql.SQL(verb), sql.Identifier(role), options)
-        )
+        found = await (await connection.execute(_OPTIONS, [role])).fetchone()
+        if found != (options,):  # only a superuser may even repeat that somebody is none
+            verb, to_be = ("ALTER" if found else "CREATE"), sql.SQL(options)
+            await connection.execute(
+                sql.SQL("{} ROLE {} WITH {}").format(sql.SQL(verb), sql.Identifier(role), to_be)
+            )
     for login in (roles.owner, roles.app, roles.app_clone, *((roles.rotator,) if rotator else ())):
         await _leave_other_groups(connection, login, roles)
         await _grant(connection, roles.connect, login, _MEMBER)
@@ -123,7 +178,7 @@ async def ensure_roles_and_database(connection: Connection, roles: ServiceRoles,
 async def ensure_schema_rights(connection: Connection, roles: ServiceRoles) -> None:
     """Rights inside the database: `connection` is the administrator's, to `roles.database`."""
     owner, rw = sql.Identifier(roles.owner), sql.Identifier(roles.rw)
-    async with connection.transaction():
+    async with _member_of(connection, roles.owner):
         for statement in (
             sql.SQL("ALTER SCHEMA public OWNER TO {owner}"),
             sql.SQL("REVOKE ALL ON SCHEMA public FROM PUBLIC"),
@@ -170,16 +225,36 @@ async def ensure_rotation_right(connection: Connection, roles: ServiceRoles) -> 
         app=sql.Literal(roles.app), app_clone=sql.Literal(roles.app_clone), verifier=sql.Literal(_VERIFIER)
     )
     names = {"passwords": sql.Identifier(roles.passwords), "rotator": sql.Identifier(roles.rotator)}
-    async with connection.transaction():
+    async with _member_of(connection, roles.passwords):
         await connection.execute("CREATE SCHEMA IF NOT EXISTS rotation")
         await connection.execute(create)
         for statement in (
+            sql.SQL(
+                "GRANT USAGE, CREATE ON SCHEMA rotation TO {passwords}"
+            ),  # an owner must be able to create it
             sql.SQL("ALTER FUNCTION rotation.set_password OWNER TO {passwords}"),
+            sql.SQL("REVOKE ALL ON SCHEMA rotation FROM {passwords}"),
             sql.SQL("REVOKE ALL ON FUNCTION rotation.set_password FROM PUBLIC"),
             sql.SQL("GRANT USAGE ON SCHEMA rotation TO {rotator}"),
             sql.SQL("GRANT EXECUTE ON FUNCTION rotation.set_password TO {rotator}"),
         ):
             await connection.execute(statement.format(**names))
+
+
+@asynccontextmanager
+async def _member_of(connection: Connection, role: str) -> AsyncIterator[None]:
+    """A transaction in which the administrator may do what `role` may; a superuser may anyway."""
+    async with connection.transaction():
+        superuser = connection.info.parameter_status("is_superuser") == "on"
+        if not superuser:
+            await connection.execute(
+                sql.SQL("GRANT {} TO CURRENT_USER WITH INHERIT TRUE, SET TRUE").format(sql.Identifier(role))
+            )
+        yield
+        if not superuser:
+            await connection.execute(
+                sql.SQL("REVOKE {} FROM CURRENT_USER GRANTED BY CURRENT_USER").format(sql.Identifier(role))
+            )
 
 
 async def close_shared_databases(connection: Connection) -> None:
