@@ -1,8 +1,8 @@
 """Serve an ASGI application over mutual TLS, every request authorized.
 
 `serve` runs uvicorn (h11 or httptools, on asyncio or uvloop) with the rotating context of `tls` and the
-`guard.Guard` around the application. `serve_public` is for the one service that people reach: plain HTTP
-behind whatever ends TLS for browsers, with the same life cycle and no identity in the scope.
+`guard.Guard` around the application. `serve_public` is for the one service that people reach: plain HTTP, or
+TLS towards a load balancer that ends it for browsers, with the same life cycle and no identity in the scope.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import uvicorn
 from .asgi import ASGIApp
 from .audit import AuditLog
 from .authz import Authorizer, Policy, PolicyFile
+from .door import DoorContext
 from .guard import MAX_BODY, Guard
 from .lifecycle import beside
 from .listen import PortInUse, bind, serve_until_stopped
@@ -114,6 +115,7 @@ async def serve_public(
     *,
     host: str,
     port: int,
+    source: Source | None = None,
     probes: Probes | None = None,
     http: HttpParser = "auto",
     drain: float = 0.0,
@@ -121,12 +123,17 @@ async def serve_public(
     tracer: Tracer | None = None,
     on_stopping: Callable[[], None] | None = None,
 ) -> None:
-    """Serve `app` over plain HTTP to people, until SIGTERM or SIGINT. No request has an identity here.
+    """Serve `app` to people, until SIGTERM or SIGINT. No request has an identity here.
 
-    With a `tracer`, each request begins a trace. `on_stopping` is called once, before requests in flight get
+    Over plain HTTP; with a `source` over TLS with its SVID, which asks for no certificate (see `door`). With
+    a `tracer`, each request begins a trace. `on_stopping` is called once, before requests in flight get
     their `grace` seconds: end streams there, which would use them up.
     """
-    config = _config(_traced(app, tracer), http, grace)
+    tls: dict[str, Any] = {}
+    if source is not None:
+        _ = source.context  # fail now, not at the first handshake
+        tls["ssl_context_factory"] = lambda config, default: DoorContext.of(source)
+    config = _config(_traced(app, tracer), http, grace, **tls)
     await _run_server(config, bind(host, port, "PORT"), probes, drain, on_stopping=on_stopping)
 
 

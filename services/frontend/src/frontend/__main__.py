@@ -80,6 +80,7 @@ async def serve(settings: Settings, tracer: Tracer | None) -> None:
             app,
             host=settings.host,
             port=settings.port,
+            source=source if settings.https else None,
             probes=probes,
             http=settings.http,
             drain=settings.drain_seconds,

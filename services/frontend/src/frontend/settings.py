@@ -52,7 +52,7 @@ class Settings(ServiceSettings):
     """The settings of every service, and the frontend's own."""
 
     mode: Literal["local", "eks"] = Field(
-        description="`local`: plain HTTP on this machine; `eks`: a load balancer ends TLS in front of us"
+        description="`local`: plain HTTP on this machine; `eks`: TLS with our SVID, to a load balancer"
     )
     orders_url: Annotated[str, AfterValidator(_https_origin)] = Field(
         description="where orders listens, `https://host:port`"
