@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.compose.conftest import PASSWORD
-from tests.compose.project import ROOT, EngineFault, Project, beside, docker
-from tests.compose.test_containers import ask
+from tests.compose.project import ROOT, EngineFault, Project, docker
 from ztdev import images
 from ztdev.images import ImagesRefused, verify
-from ztdev.shop import Visitor
 
 
 @pytest.fixture
@@ -69,26 +67,6 @@ def test_an_image_that_the_engine_has_not_is_refused(
     told["ORDERS_IMAGE"]["id"] = "sha256:" + "0" * 64
     images.sign_list(told, str(keys / "cosign.key"))
     assert reason(signed) == "images_changed"
-
-
-def test_what_was_signed_runs_and_has_its_identities_alone(project: Project, signed: Path) -> None:
-    pinned = verify(str(signed))
-    with beside(project, "signed", pinned) as verified:
-        with Visitor(verified.url) as visitor:
-            assert visitor.order()["order"]["status"] == "paid"
-        for service, variable in (("orders", "ORDERS_IMAGE"), ("spire-server", "SPIRE_SERVER_IMAGE")):
-            assert verified.container(service)["Image"] == pinned[variable]
-
-        right = {
-            "com.docker.compose.project": verified.name,
-            "com.docker.compose.service": "payments",
-            "com.docker.compose.oneoff": "False",
-        }
-        status, said = ask(verified, pinned["PAYMENTS_IMAGE"], **right)
-        assert status == 0, said
-        # The same by its name is not known to be the same: a name can be given to anything.
-        status, said = ask(verified, "zt-demo/payments:local", **right)
-        assert status != 0, said
 
 
 def test_make_up_refuses_before_anything_starts(signed: Path, keys: Path, project: Project) -> None:

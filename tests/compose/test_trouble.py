@@ -1,20 +1,13 @@
-"""Each container dies, the server loses all it knew, the machine sleeps: what goes on, and what returns."""
+"""Each container dies; the server loses all it knew: what goes on, and what returns."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from tests.compose.project import Project, beside, docker, run_python
-from tests.compose.test_rotation import chain
+from tests.compose.project import Project, docker, run_python
 from tests.orders_meanwhile import OrdersMeanwhile, an_order_is_paid
+from tests.replacing import chain
 from tests.waiting import until
-
-#: Lives so short that somebody can wait until all have run out. There is no condition to wait for: it is time
-#: itself that must pass.
-SHORT_LIVES = {"SVID_TTL": "10s", "AGENT_TTL": "20s", "CA_TTL": "40s"}
-LONGER_THAN_ANY_LIFE = 50.0
 
 
 def all_is_healthy(project: Project, *services: str) -> bool:
@@ -23,7 +16,7 @@ def all_is_healthy(project: Project, *services: str) -> bool:
 
 def serials(project: Project) -> set[str]:
     """Those of the certificates that the services have now."""
-    return {str(service["identity"]["serial"]) for service in chain(project) if service.get("identity")}
+    return {str(service["identity"]["serial"]) for service in chain(project.url) if service.get("identity")}
 
 
 @pytest.mark.parametrize("service", ["spire-agent", "spire-server", "registrar", "oidc", "cloud"])
@@ -63,15 +56,3 @@ def test_a_server_that_has_lost_everything_is_believed_again(project: Project) -
     until(lambda: all_is_healthy(project, "spire-server", "registrar", "spire-agent"), 90, "SPIRE is back")
     until(lambda: not before & serials(project), 120, "every service has a certificate of the new authority")
     until(lambda: an_order_is_paid(project.url), 60, "an order by them")
-
-
-def test_a_machine_that_slept_until_everything_had_run_out(project: Project) -> None:
-    """No certificate is valid any more, the agent's and the authority's neither."""
-    with beside(project, "asleep", SHORT_LIVES) as asleep:
-        assert an_order_is_paid(asleep.url)
-        asleep.compose("pause")
-        time.sleep(LONGER_THAN_ANY_LIFE)
-        asleep.compose("unpause")
-        began = time.monotonic()
-        until(lambda: an_order_is_paid(asleep.url), 120, "an order after the sleep")
-        print(f"the first order was paid {time.monotonic() - began:.0f} s after the machine woke up")
