@@ -94,7 +94,7 @@ logs: ## Follow what the containers write; ARGS="orders payments" for some of th
 
 .PHONY: rotate
 rotate: ## Rotate the database logins of the containers now; ARGS=orders for one of them
-	@exec docker compose exec cloud /srv/zt/.venv/bin/python -m ztdev.compose rotate $(ARGS)
+	@exec docker compose exec cloud /srv/zt/.venv/bin/python -m ztdev.containers rotate $(ARGS)
 
 .PHONY: ps
 ps: ## List the containers, and how they are

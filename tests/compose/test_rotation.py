@@ -28,7 +28,7 @@ def test_a_login_is_replaced_when_somebody_asks(project: Project) -> None:
 
     before = login()
     python = project.container("cloud")["Config"]["Entrypoint"][0]
-    said = project.compose("exec", "-T", "cloud", python, "-m", "ztdev.compose", "rotate", "orders")
+    said = project.compose("exec", "-T", "cloud", python, "-m", "ztdev.containers", "rotate", "orders")
     assert re.search(r"orders: orders_app(_clone)? → orders_app(_clone)?  version", said)
     until(lambda: login() != before, 30, "orders uses another login")
 

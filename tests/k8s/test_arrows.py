@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.k8s.cluster import OVERLAY
+from tests.k8s.cluster import OVERLAY, ROOT
 from ztdev.kubernetes.kubectl import rendered
 from ztdev.kubernetes.picture import beyond, picture
-from ztdev.kubernetes.reach import Arrow, arrows
+from ztdev.kubernetes.reach import Arrow, Place, arrows
 
 SERVICES = {"frontend", "orders", "orders-migrate", "payments", "payments-migrate"}
 
@@ -70,3 +72,19 @@ def test_exactly_the_arrows_of_the_picture_are_allowed(overlay: Path) -> None:
 def test_the_picture_is_of_these_policies(overlay: Path) -> None:
     allowed = arrows(rendered(overlay), beyond(overlay))
     assert (overlay / "arrows.md").read_text() == picture(allowed), "run: make arrows"
+
+
+def test_with_observability_prometheus_reads_metrics_and_nothing_else(tmp_path: Path) -> None:
+    components = [os.path.relpath(ROOT / "k8s" / "components" / "observability", tmp_path)]
+    wrapper = {"resources": [os.path.relpath(OVERLAY, tmp_path)], "components": components}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
+    labels = (("app.kubernetes.io/name", "prometheus"),)
+    prometheus = Place("prometheus", "monitoring", labels, calls=True)
+    found = arrows(rendered(tmp_path), [prometheus])
+    assert {arrow for arrow in found if arrow.sender == str(prometheus)} == {
+        *(
+            Arrow(str(prometheus), f"zt-demo/{service}", "tcp/9090")
+            for service in ("frontend", "orders", "payments")
+        ),
+        Arrow(str(prometheus), "spire-system/spire-server", "tcp/8081"),
+    }

@@ -29,7 +29,7 @@ def replace_logins() -> None:
     """Twice: each service uses the first of its logins again, with another password."""
     for _ in range(2):
         for service in ("orders", "payments"):
-            rotate = ("/srv/zt/.venv/bin/python", "-m", "ztdev.compose", "rotate", service)
+            rotate = ("/srv/zt/.venv/bin/python", "-m", "ztdev.containers", "rotate", service)
             kubectl("--namespace", "zt-local", *CLOUD, *rotate)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ztdev.compose.certificates import ISSUER_HOST, NODE_NAME
-from ztdev.compose.cloud import SPIRE
-from ztdev.compose.registrar import Entry, wanted
+from ztdev.containers.certificates import ISSUER_HOST, NODE_NAME
+from ztdev.containers.cloud import SPIRE
+from ztdev.containers.registrar import Entry, wanted
 from ztdev.options import SERVICES, spiffe_id
 
 ROOT = Path(__file__).parents[2]

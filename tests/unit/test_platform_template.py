@@ -124,6 +124,19 @@ def test_everything_that_is_kept_is_encrypted() -> None:
         assert all(bucket["PublicAccessBlockConfiguration"].values())
 
 
+def test_a_key_is_not_lost_unnoticed() -> None:
+    for key in of_type("KMS::Key").values():
+        assert key["PendingWindowInDays"] == 30
+        assert key["EnableKeyRotation"] is True
+        own, *others = statements(key["KeyPolicy"])
+        assert own["Principal"] == {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${AWS::AccountId}:root"}}
+        for other in others:
+            assert set(other["Principal"]) == {"Service"}
+            assert other["Condition"]["StringEquals"]["aws:SourceAccount"] == {"Ref": "AWS::AccountId"}
+    (rule,) = of_type("Events::Rule").values()
+    assert {"DisableKey", "ScheduleKeyDeletion"} <= set(rule["EventPattern"]["detail"]["eventName"])
+
+
 def test_a_pod_does_not_reach_what_its_node_may() -> None:
     (template,) = of_type("EC2::LaunchTemplate").values()
     options = template["LaunchTemplateData"]["MetadataOptions"]

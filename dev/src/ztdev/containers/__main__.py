@@ -1,4 +1,4 @@
-"""`python -m ztdev.compose PART`: one container of docker-compose.yml each."""
+"""`python -m ztdev.containers PART`: one container each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTS = ("tools", *_CERTIFICATES, "registrar", "cloud", "rotate")
 
 def main() -> int:
     """Run the part that is named."""
-    parser = argparse.ArgumentParser(prog="python -m ztdev.compose", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ztdev.containers", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("service", nargs="*", help="of `rotate`: whose logins (default: all)")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The development side of docker-compose.yml: what its containers run that are no service and no product.
+"""What containers run that are no service and no product, in docker compose and in k8s/overlays/local.
 
 certificates   once: the database's certificate, and the node's for SPIRE
 registrar      keeps SPIRE's registration entries as they should be
