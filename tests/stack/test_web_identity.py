@@ -40,10 +40,11 @@ from joserfc import jwt
 from joserfc.jwk import RSAKey
 
 from ztdev.aws import cloud as cloud_module
-from ztdev.aws.cloud import DatabaseAddress, DeploymentFailed, LocalCloud
+from ztdev.aws.cloud import DatabaseAddress, LocalCloud
 from ztdev.aws.environment import ensure_environment
 from ztdev.aws.gate import EX_UNAVAILABLE
 from ztdev.aws.issuer import OidcIssuer, TokenFile
+from ztdev.aws.stacks import StackFailed
 from ztdev.errors import PortInUse, ProgramMissing, StackError
 from ztdev.state import default_state_directory
 from ztmtls.reasons import Reason
@@ -1062,7 +1063,7 @@ async def test_a_stack_that_fails_tells_the_reasons(aws: Aws, tmp_path: Path) ->
         template=template,
     )
 
-    with pytest.raises(DeploymentFailed, match="AWS::No::SuchThing"):
+    with pytest.raises(StackFailed, match="AWS::No::SuchThing"):
         await broken.start()
 
     assert broken.pid is None

@@ -10,7 +10,6 @@ import secrets
 import signal
 import string
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from ztdev.processes import ProcessRef
 from .environment import ensure_environment
 from .gate import EX_PORT_IN_USE
 from .issuer import AUDIENCE, Issuer, OidcIssuer
+from .stacks import Stack, StackFailed
 
 #: The account number of AWS's own examples.
 ACCOUNT_ID = "111122223333"
@@ -40,11 +40,7 @@ _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from gate.__main__ impo
 #: Where CloudFormation is told that the packages of functions are.
 _BUCKET = "packages"
 
-_START_TIMEOUT, _DEPLOY_TIMEOUT, _STOP_GRACE = 30.0, 60.0, 5.0
-
-
-class DeploymentFailed(StackError):
-    """The workload stack was refused or rolled back: the message holds the reasons CloudFormation gave."""
+_START_TIMEOUT, _STOP_GRACE = 30.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class LocalCloud:
         """Start it and deploy the stack; afterwards the secrets exist.
 
         Raises:
-            PortInUse, ProgramMissing, NotReady, DeploymentFailed: each with what to do. Nothing is left
+            PortInUse, ProgramMissing, NotReady, StackFailed: each with what to do. Nothing is left
             running.
         """
         python = await ensure_environment(self._environment_dir, progress)
@@ -343,21 +339,10 @@ class LocalCloud:
             self.admin_client("iam").create_open_id_connect_provider(
                 Url=self._issuer.url, ClientIDList=[AUDIENCE], ThumbprintList=["0" * 40]
             )
-            cloudformation = self.admin_client("cloudformation")
-            cloudformation.create_stack(
-                StackName=STACK_NAME,
-                TemplateBody=self._template.read_text(),
-                Parameters=[
-                    {"ParameterKey": name, "ParameterValue": value}
-                    for name, value in self._parameters().items()
-                ],
-                Capabilities=["CAPABILITY_NAMED_IAM"],
-            )
-            self._outputs = _wait_for_stack(cloudformation)
         except (ClientError, BotoCoreError) as error:
-            raise DeploymentFailed(f"{self._template} cannot be deployed: {error}") from error
-        except OSError as error:
-            raise DeploymentFailed(f"{self._template} cannot be read: {error.strerror}.") from error
+            raise StackFailed(f"The issuer is refused: {error}") from error
+        stack = Stack(self.admin_client("cloudformation"), STACK_NAME, every=0.05)
+        self._outputs = stack.deploy(self._template, self._parameters(), {"project": "zt-demo"})
 
     def _parameters(self) -> dict[str, str]:
         parameters = {"OidcIssuerHost": self._issuer.host, "SpiffeTrustDomain": self._spiffe_trust_domain}
@@ -382,26 +367,3 @@ def default_template() -> Path:
         if candidate.is_file():
             return candidate
     raise StackError("infra/workload.yaml is not found: run from the checkout.")
-
-
-def _wait_for_stack(cloudformation: Any) -> dict[str, str]:
-    """Wait for the end of the creation and return the outputs."""
-    deadline = time.monotonic() + _DEPLOY_TIMEOUT
-    while True:
-        stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]
-        if stack["StackStatus"] == "CREATE_COMPLETE":
-            return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
-        if not stack["StackStatus"].endswith("_IN_PROGRESS") or time.monotonic() > deadline:
-            raise DeploymentFailed(_why(cloudformation, stack))
-        time.sleep(0.05)
-
-
-def _why(cloudformation: Any, stack: Mapping[str, Any]) -> str:
-    events = cloudformation.describe_stack_events(StackName=STACK_NAME)["StackEvents"]
-    reasons = [
-        f"    {event['LogicalResourceId']}: {event['ResourceStatusReason']}"
-        for event in reversed(events)
-        if event["ResourceStatus"].endswith("FAILED") and event.get("ResourceStatusReason")
-    ]
-    shown = "\n".join(reasons) or f"    {stack.get('StackStatusReason', '(no reason given)')}"
-    return f"The stack {STACK_NAME} ended as {stack['StackStatus']}:\n{shown}"
