@@ -102,6 +102,10 @@ ps: ## List the containers, and how they are
 
 ##@ On Kubernetes (the cluster that KUBECONFIG names)
 
+.PHONY: eks-manifests
+eks-manifests: setup ## Write k8s/overlays/eks with your account's values into build/eks (PAGE=page.example, and AWS's credentials)
+	@exec .venv/bin/python -m ztdev.kubernetes.account --page "$(PAGE)" $(ARGS)
+
 .PHONY: verify
 verify: setup ## Prove there that each control is enforced: what is rightful passes, and what isn't is refused
 	@exec .venv/bin/python -m ztdev.kubernetes.verify $(ARGS)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.k8s.cluster import ROOT
+from ztdev.kubernetes.account import IMAGES, kustomization
 from ztdev.kubernetes.kubectl import kubectl, rendered
 
 FOLDERS = ("k8s/overlays/eks", "k8s/spire/csi")
@@ -34,3 +36,43 @@ def test_the_api_server_takes_it(name: str) -> None:
 
 def test_there_is_something_to_try() -> None:
     assert {Path(name.split()[0]) for name in OBJECTS} == {Path(folder) for folder in FOLDERS}
+
+
+OTHER = {
+    "Registry": "444455556666.dkr.ecr.us-east-1.amazonaws.com/shop/",
+    "OrdersDatabaseHost": "orders.database",
+    "PaymentsDatabaseHost": "payments.database",
+    "OrdersDataCidr": "10.9.192.0/24",
+    "PaymentsDataCidr": "10.9.193.0/24",
+    "EndpointsCidr": "10.9.194.0/24",
+    "ControlCidr": "10.9.195.0/24",
+    "DoorCidr": "10.9.196.0/24",
+}
+
+
+def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: Path) -> None:
+    roles = ("Orders", "Payments", "OrdersMigrate", "PaymentsMigrate")
+    secrets = ("OrdersDatabase", "OrdersOwner", "PaymentsDatabase", "PaymentsOwner")
+    workload = {
+        **{f"{role}RoleArn": f"arn:aws:iam::444455556666:role/{role}" for role in roles},
+        **{f"{name}SecretArn": f"arn:aws:secretsmanager:us-east-1:444455556666:{name}" for name in secrets},
+    }
+    digests = {repository: f"sha256:{number:064x}" for number, repository in enumerate(IMAGES.values())}
+    wrapper = kustomization(OTHER, workload, digests, region="us-east-1", page="shop.test", folder=tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
+    objects = [each for each in rendered(tmp_path) if each["kind"] != "CustomResourceDefinition"]
+    text = yaml.safe_dump_all(objects)
+    for left in (
+        "111122223333",
+        "example.",
+        "page.example",
+        "10.40.",
+        "eu-central-1",
+        "ghcr.io",
+        "registry.k8s.io",
+    ):
+        assert left not in text, left
+    for value in {**OTHER, **workload}.values():
+        assert value in text, value
+    for digest in digests.values():
+        assert f"@{digest}" in text
