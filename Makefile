@@ -145,8 +145,7 @@ test-spire: setup spire ## Tests against a real SPIRE server and agent
 
 # The first test of these two builds images and starts everything: its time is more than an ordinary test's.
 .PHONY: test-compose
-test-compose: setup ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
-	@$(MAKE) --no-print-directory -j2 $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger syft cosign))
+test-compose: setup $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger syft cosign)) ## Tests of docker-compose.yml, in a project of its own on the engine that runs here
 	@exec .venv/bin/pytest -q --timeout 600 tests/compose $(ARGS)
 
 .PHONY: test-k8s
