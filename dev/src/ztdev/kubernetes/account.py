@@ -1,7 +1,7 @@
 """k8s/overlays/eks with the values of an account: `python -m ztdev.kubernetes.account`.
 
-Out of the outputs of the stacks of platform.yaml and workload.yaml, and of the images in the registry, it makes
-a kustomization that puts these over the examples of the overlay.
+Out of the outputs of the stacks of platform.yaml and workload.yaml and the images in the registry, it makes a
+kustomization that puts these over the examples of the overlay.
 """
 
 from __future__ import annotations
