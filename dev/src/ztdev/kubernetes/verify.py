@@ -28,10 +28,12 @@ from .pods import NAMESPACE, as_deployed, running, waiting
 Outcome = Literal["enforced", "NOT ENFORCED", "NOT PROVED"]
 Change = Callable[[dict[str, Any]], None]
 
-PAYMENTS = ("payments.zt-demo", 8443)
-ORDERS = ("orders.zt-demo", 8443)
-API_SERVER = ("kubernetes.default", 443)
-METADATA = ("169.254.169.254", 80)
+PLACES = {
+    "payments": ("payments.zt-demo", 8443),
+    "orders": ("orders.zt-demo", 8443),
+    "the API server": ("kubernetes.default", 443),
+    "the metadata service": ("169.254.169.254", 80),
+}
 ROGUE = "verify-rogue"
 
 NO_PAYMENT = "/payments/00000000-0000-4000-8000-000000000000"
@@ -67,9 +69,10 @@ def refused(is_refused: bool, text: str) -> None:
         raise NotEnforced(text)
 
 
-def connects(target: str, *to: tuple[str, int]) -> list[bool]:
-    """Whether connections from a pod take place."""
-    return [outcome == "connected" for outcome in python(NAMESPACE, target, CONNECT, to)]
+def reached(target: str, *places: str) -> list[str]:
+    """Those of `places` that a pod connects to."""
+    outcomes = python(NAMESPACE, target, CONNECT, [PLACES[place] for place in places])
+    return [place for place, outcome in zip(places, outcomes, strict=True) if outcome == "connected"]
 
 
 # -- network ---------------------------------------------------------------------------------------------
@@ -77,25 +80,25 @@ def connects(target: str, *to: tuple[str, int]) -> list[bool]:
 
 def network_policies() -> str:
     """Only orders reaches payments."""
-    rightful(connects("deployment/orders", PAYMENTS) == [True], "orders does not reach payments")
-    refused(connects("deployment/frontend", PAYMENTS) == [False], "frontend connects to payments")
-    refused(connects("deployment/payments", ORDERS) == [False], "payments connects to orders")
+    rightful(bool(reached("deployment/orders", "payments")), "orders does not connect to payments")
+    refused(not reached("deployment/frontend", "payments"), "frontend connects to payments")
+    refused(not reached("deployment/payments", "orders"), "payments connects to orders")
     return "orders connects to payments; frontend does not, and payments not to orders"
 
 
 def a_stranger_reaches_nobody() -> str:
     """A pod that admission lets in, under an account and a name of its own."""
     with running(waiting(ROGUE, account=ROGUE, label=ROGUE)) as pod:
-        reached = connects(pod, PAYMENTS, ORDERS, API_SERVER)
-    refused(not any(reached), f"a pod of a stranger connects (payments, orders, API server: {reached})")
+        found = reached(pod, "payments", "orders", "the API server")
+    refused(not found, f"a pod of a stranger connects to {', '.join(found)}")
     return "a pod of its own name connects to nobody"
 
 
 def no_api_server() -> str:
     """Services have no business with the API server, nor with what a node's metadata service knows."""
-    rightful(connects("deployment/frontend", ORDERS) == [True], "frontend does not reach orders")
-    reached = connects("deployment/frontend", API_SERVER, METADATA)
-    refused(not any(reached), f"frontend connects (API server, metadata service: {reached})")
+    rightful(bool(reached("deployment/frontend", "orders")), "frontend does not connect to orders")
+    found = reached("deployment/frontend", "the API server", "the metadata service")
+    refused(not found, f"frontend connects to {', '.join(found)}")
     return "frontend connects to orders, and neither to the API server nor to the metadata service"
 
 
@@ -137,7 +140,7 @@ def admission_refuses(change: Change, reason: str) -> str:
     said = said_of(document)
     refused(bool(said), "it is let in")
     rightful(reason in said, f"refused, but for another reason: {said}")
-    return reason
+    return f"refused: {reason}"
 
 
 def privileged(document: dict[str, Any]) -> None:
@@ -223,6 +226,16 @@ CONTROLS = [
 ]
 
 
+def cluster() -> str:
+    """The address of the cluster that is looked at. Raises `ClusterFault` when none answers."""
+    try:
+        where = kubectl("config", "view", "--minify", "--output", "jsonpath={.clusters[0].cluster.server}")
+    except ClusterFault:
+        raise ClusterFault("No cluster is named: set KUBECONFIG, or choose a context of kubectl.") from None
+    kubectl("get", "namespace", NAMESPACE, timeout=20)
+    return where
+
+
 _COLOURS: dict[Outcome, str] = {"enforced": "green", "NOT ENFORCED": "bold red", "NOT PROVED": "yellow"}
 
 
@@ -235,8 +248,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(stderr=arguments.json)
     try:
-        where = kubectl("config", "view", "--minify", "--output", "jsonpath={.clusters[0].cluster.server}")
-        console.print(f"The cluster at {where}:")
+        console.print(f"The cluster at {cluster()}:")
         findings = []
         with console.status("") as status:
             for control in CONTROLS:
