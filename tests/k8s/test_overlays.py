@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.k8s.cluster import ROOT
-from ztdev.kubernetes.account import IMAGES, kustomization
+from ztdev.kubernetes.account import IMAGES, databases, kustomization
 from ztdev.kubernetes.kubectl import kubectl, rendered
 
-FOLDERS = ("k8s/overlays/eks", "k8s/spire/csi")
+FOLDERS = ("k8s/overlays/eks", "k8s/overlays/eks-databases", "k8s/spire/csi")
 
 OBJECTS = {
     f"{folder} {each['kind']} {each['metadata']['name']}": each
     for folder in FOLDERS
     for each in rendered(ROOT / folder)
-    if each["kind"] not in ("CustomResourceDefinition", "Namespace")  # they are on the cluster
+    if each["kind"] not in ("CustomResourceDefinition", "Namespace")
 }
 
 
+@pytest.fixture(scope="module")
+def databases_namespace() -> Iterator[None]:
+    """The namespace that the cluster has not yet."""
+    kubectl("create", "namespace", "zt-demo-databases")
+    yield
+    kubectl("delete", "--wait=false", "namespace", "zt-demo-databases")
+
+
+@pytest.mark.usefixtures("databases_namespace")
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_api_server_takes_it(name: str) -> None:
     """Under another name, since some of that name is there."""
@@ -47,20 +58,26 @@ OTHER = {
     "EndpointsCidr": "10.9.194.0/24",
     "ControlCidr": "10.9.195.0/24",
     "DoorCidr": "10.9.196.0/24",
+    "OrdersAdministratorSecretArn": "arn:aws:secretsmanager:us-east-1:444455556666:secret:rds!one",
+    "PaymentsAdministratorSecretArn": "arn:aws:secretsmanager:us-east-1:444455556666:secret:rds!two",
 }
 
 
 def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: Path) -> None:
-    roles = ("Orders", "Payments", "OrdersMigrate", "PaymentsMigrate")
+    roles = ("Orders", "Payments", "OrdersMigrate", "PaymentsMigrate", "Databases")
     secrets = ("OrdersDatabase", "OrdersOwner", "PaymentsDatabase", "PaymentsOwner")
     workload = {
         **{f"{role}RoleArn": f"arn:aws:iam::444455556666:role/{role}" for role in roles},
         **{f"{name}SecretArn": f"arn:aws:secretsmanager:us-east-1:444455556666:{name}" for name in secrets},
     }
     digests = {repository: f"sha256:{number:064x}" for number, repository in enumerate(IMAGES.values())}
-    wrapper = kustomization(OTHER, workload, digests, region="us-east-1", page="shop.test", folder=tmp_path)
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
-    objects = [each for each in rendered(tmp_path) if each["kind"] != "CustomResourceDefinition"]
+    objects = []
+    for name, make in (("all", partial(kustomization, page="shop.test")), ("databases", databases)):
+        folder = tmp_path / name
+        folder.mkdir()
+        wrapper = make(OTHER, workload, digests, region="us-east-1", folder=folder)
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
+        objects += [each for each in rendered(folder) if each["kind"] != "CustomResourceDefinition"]
     text = yaml.safe_dump_all(objects)
     for left in (
         "111122223333",

@@ -24,6 +24,7 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "infra" / "workload.yaml"
 ISSUERS = ["oidc.eks.eu-central-1.amazonaws.com/id/0123456789ABCDEF0123456789ABCDEF", "oidc.zt.example/local"]
 
 SERVICE_ACCOUNTS = ["orders", "orders-migrate", "payments", "payments-migrate"]
+DATABASES_ROLE = "zt-demo-databases"
 ROTATION_ROLES = ["zt-demo-rotate-orders", "zt-demo-rotate-payments"]
 STRANGERS = ["frontend", "default", "order", "orders-", "orders2", "payments-migrate-x"]
 
@@ -97,7 +98,8 @@ def all_roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
 
 def roles(issuer: str = ISSUERS[0]) -> dict[str, dict[str, Any]]:
     """Those of the service accounts; the others are the rotation functions'."""
-    return {name: role for name, role in all_roles(issuer).items() if name not in ROTATION_ROLES}
+    others = {*ROTATION_ROLES, DATABASES_ROLE}
+    return {name: role for name, role in all_roles(issuer).items() if name not in others}
 
 
 def trust(role: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def test_each_role_decrypts_its_own_secret_only_and_only_through_secrets_manager
 
 def test_roles_have_nothing_else() -> None:
     assert set(roles()) == {f"zt-demo-{account}" for account in SERVICE_ACCOUNTS}
-    assert set(all_roles()) == {*roles(), *ROTATION_ROLES}
+    assert set(all_roles()) == {*roles(), *ROTATION_ROLES, DATABASES_ROLE}
     for role in all_roles().values():
         assert "ManagedPolicyArns" not in role
     kinds = {resource["Type"] for resource in load()["Resources"].values()}
@@ -265,6 +267,36 @@ def test_roles_have_nothing_else() -> None:
         "AWS::IAM::RolePolicy",
         "AWS::IAM::User",
     }
+
+
+def test_who_makes_the_databases_roles_is_one_account_for_as_long_as_it_is_asked_for() -> None:
+    resource = load()["Resources"]["DatabasesRole"]
+    assert resource["Condition"] == "AdministrationIsPossible"
+    for parameter in (
+        "OrdersAdministratorSecretArn",
+        "PaymentsAdministratorSecretArn",
+        "AdministratorKeyArn",
+    ):
+        assert load()["Parameters"][parameter]["Default"] == ""
+        assert parameter in json.dumps(load()["Conditions"]["AdministrationIsPossible"])
+
+    role = all_roles()[DATABASES_ROLE]
+    subjects = [
+        f"system:serviceaccount:{ns}:{account}"
+        for ns in ("zt-demo", "zt-demo-databases")
+        for account in ("databases", "orders", "default")
+    ]
+    accepted = {
+        subject for subject in subjects if trusts(trust(role), ISSUERS[0], subject, "sts.amazonaws.com")
+    }
+    assert accepted == {"system:serviceaccount:zt-demo-databases:databases"}
+    [policy] = role["Policies"]
+    reads, decrypts = policy["PolicyDocument"]["Statement"]
+    assert reads["Action"] == "secretsmanager:GetSecretValue"
+    assert len(reads["Resource"]) == 8
+    assert "*" not in json.dumps(reads)
+    via = {"StringEquals": {"kms:ViaService": "secretsmanager.eu-central-1.amazonaws.com"}}
+    assert decrypts["Condition"] == via
 
 
 # -- rotation
@@ -444,7 +476,7 @@ def test_secrets_are_generated_and_encrypted_with_the_key() -> None:
 def test_the_outputs_hold_what_the_service_accounts_and_services_need() -> None:
     outputs = {name: output["Value"] for name, output in load()["Outputs"].items()}
 
-    expected = {"SecretsKeyArn": ["SecretsKey", "Arn"]}
+    expected = {"SecretsKeyArn": ["SecretsKey", "Arn"], "DatabasesRoleArn": ["DatabasesRole", "Arn"]}
     for service, which in itertools.product(("Orders", "Payments"), ("", "Migrate")):
         expected[f"{service}{which}RoleArn"] = [f"{service}{which}Role", "Arn"]
     for service, which in itertools.product(("Orders", "Payments"), ("Database", "Owner", "Rotator")):

@@ -10,13 +10,16 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
+import psycopg
+from botocore.exceptions import BotoCoreError, ClientError
+
 from ztdev.aws.environment import ensure_environment
 from ztdev.errors import StackError
 from ztdev.functions import for_this_machine
 from ztdev.options import DATABASE_SERVICES
 from ztdev.state import default_tools_directory
 
-from . import certificates, cloud, registrar
+from . import certificates, cloud, databases, registrar
 
 _CERTIFICATES = {
     "database-certificate": certificates.database,
@@ -24,7 +27,9 @@ _CERTIFICATES = {
     "issuer-certificate": certificates.issuer,
 }
 
-PARTS = ("tools", *_CERTIFICATES, "registrar", "cloud", "rotate")
+_RUN = {"registrar": registrar.run, "cloud": cloud.run, "databases": databases.run}
+
+PARTS = ("tools", *_CERTIFICATES, *_RUN, "rotate")
 
 
 def main() -> int:
@@ -45,8 +50,14 @@ def main() -> int:
         elif part == "rotate":
             cloud.rotate(arguments.service or DATABASE_SERVICES)
         else:
-            asyncio.run(_until_terminated(registrar.run() if part == "registrar" else cloud.run()))
-    except* (StackError, OSError) as faults:  # parts run tasks in groups
+            asyncio.run(_until_terminated(_RUN[part]()))
+    except* (
+        StackError,
+        OSError,
+        psycopg.Error,
+        BotoCoreError,
+        ClientError,
+    ) as faults:  # parts run tasks in groups
         print(f"{part}: {faults.exceptions[0]}", file=sys.stderr)
         status = 1
     return status

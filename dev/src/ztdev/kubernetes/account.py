@@ -37,11 +37,19 @@ IMAGES = {
     "ghcr.io/spiffe/spire-controller-manager": "spire-controller-manager",
     "ghcr.io/spiffe/spiffe-csi-driver": "spiffe-csi-driver",
     "registry.k8s.io/sig-storage/csi-node-driver-registrar": "csi-node-driver-registrar",
+    "zt-demo/dev": "administration",
 }
 
 
 class Missing(StackError):
     """Something that the manifests need is not there yet. The text says what, and what makes it."""
+
+
+def _images(registry: str, digests: Mapping[str, str]) -> list[dict[str, str]]:
+    return [
+        {"name": name, "newName": registry + repository, "digest": digests[repository]}
+        for name, repository in IMAGES.items()
+    ]
 
 
 def kustomization(
@@ -74,16 +82,13 @@ def kustomization(
         "namespace": "zt-admission",
         "behavior": "merge",
         "options": {"disableNameSuffixHash": True},
-        "literals": [f"zt-demo={registry}", f"spire-system={registry}"],
+        "literals": [f"{name}={registry}" for name in ("zt-demo", "zt-demo-databases", "spire-system")],
     }
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [os.path.relpath(OVERLAY, folder)],
-        "images": [
-            {"name": name, "newName": registry + repository, "digest": digests[repository]}
-            for name, repository in IMAGES.items()
-        ],
+        "images": _images(registry, digests),
         "configMapGenerator": [
             sources,
             settings("frontend", ALLOWED_HOSTS=page),
@@ -95,6 +100,44 @@ def kustomization(
             ),
         ],
         "patches": [_address(*place, platform[output]) for place, output in _ADDRESSES],
+    }
+
+
+def databases(
+    platform: Mapping[str, str],
+    workload: Mapping[str, str],
+    digests: Mapping[str, str],
+    *,
+    region: str,
+    folder: Path,
+) -> dict[str, Any]:
+    """The kustomization for `folder` of the job that makes the databases' roles; see `kustomization`."""
+    settings = {
+        "AWS_REGION": region,
+        "AWS_ROLE_ARN": workload["DatabasesRoleArn"],
+        "ORDERS_ADMINISTRATOR_SECRET": platform["OrdersAdministratorSecretArn"],
+        "PAYMENTS_ADMINISTRATOR_SECRET": platform["PaymentsAdministratorSecretArn"],
+    }
+    places = [
+        ("/spec/egress/0/to/0/ipBlock/cidr", "OrdersDataCidr"),
+        ("/spec/egress/0/to/1/ipBlock/cidr", "PaymentsDataCidr"),
+        ("/spec/egress/1/to/0/ipBlock/cidr", "EndpointsCidr"),
+    ]
+    namespace = "zt-demo-databases"
+    return {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(OVERLAY.with_name("eks-databases"), folder)],
+        "images": _images(platform["Registry"], digests),
+        "configMapGenerator": [
+            {
+                "name": "databases-settings",
+                "namespace": namespace,
+                "behavior": "merge",
+                "literals": [f"{key}={value}" for key, value in settings.items()],
+            }
+        ],
+        "patches": [_address("databases", namespace, path, platform[output]) for path, output in places],
     }
 
 
@@ -159,27 +202,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         session = boto3.Session(region_name=given.region)
         stacks = session.client("cloudformation")
-        text = yaml.safe_dump(
-            kustomization(
-                outputs(stacks, given.platform or f"{given.prefix}-platform", "platform.yaml"),
-                outputs(stacks, given.workload or f"{given.prefix}-workload", "workload.yaml"),
-                newest(session.client("ecr"), given.prefix),
-                region=session.region_name,
-                page=given.page,
-                folder=given.folder,
-            ),
-            sort_keys=False,
-        )
+        platform = outputs(stacks, given.platform or f"{given.prefix}-platform", "platform.yaml")
+        workload = outputs(stacks, given.workload or f"{given.prefix}-workload", "workload.yaml")
+        digests, region = newest(session.client("ecr"), given.prefix), session.region_name
     except (ClientError, BotoCoreError) as error:
         print(f"AWS says: {error}", file=sys.stderr)
         return 1
     except StackError as error:
         print(error, file=sys.stderr)
         return int(error.exit_status)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    (given.folder / "kustomization.yaml").write_text(text)
-    print(f"{given.folder}: kubectl kustomize {given.folder} | kubectl apply --server-side --filename -")
+    folder: Path = given.folder
+    written = kustomization(platform, workload, digests, region=region, page=given.page, folder=folder)
+    _write(folder, written)
+    if "DatabasesRoleArn" in workload:
+        _write(
+            folder / "databases",
+            databases(platform, workload, digests, region=region, folder=folder / "databases"),
+        )
     return 0
+
+
+def _write(folder: Path, written: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(dict(written), sort_keys=False))
+    render = f"kubectl kustomize --load-restrictor LoadRestrictionsNone {folder}"
+    print(f"{render} | kubectl apply --server-side --filename -")
 
 
 if __name__ == "__main__":

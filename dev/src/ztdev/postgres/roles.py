@@ -258,10 +258,15 @@ async def _member_of(connection: Connection, role: str) -> AsyncIterator[None]:
 
 
 async def close_shared_databases(connection: Connection) -> None:
-    """Nobody but the administrator has business in the databases that initdb made."""
-    for database in ("postgres", "template1"):
+    """Nobody but the administrator has business in the databases that initdb made, as far as they are his:
+    template1 is RDS's own there."""
+    mine = await connection.execute(
+        "SELECT datname FROM pg_database JOIN pg_roles ON rolname = CURRENT_USER "
+        "WHERE datname IN ('postgres', 'template1') AND (rolsuper OR datdba = pg_roles.oid)"
+    )
+    for (database,) in await mine.fetchall():
         await connection.execute(
-            sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(sql.Identifier(database))
+            sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(sql.Identifier(str(database)))
         )
 
 
