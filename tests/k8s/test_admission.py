@@ -18,6 +18,8 @@ from ztdev.kubernetes.pods import as_deployed
 
 Change = Callable[[dict[str, Any]], None]
 
+PAYMENTS = "spiffe://zt.example/ns/zt-demo/sa/payments"
+
 DIGEST = "sha256:" + "0" * 64
 
 
@@ -127,9 +129,8 @@ def test_every_expression_is_one_that_the_api_server_understands() -> None:
     """A field that is not there is let through when a policy is applied, and only told afterwards."""
     policies = read("validatingadmissionpolicies")["items"]
     ours = [each for each in policies if each["metadata"]["name"].startswith("zt-")]
-    assert {each["metadata"]["name"] for each in ours} == {each.policy for each in REFUSALS.values()} | {
-        "zt-doors"
-    }
+    others = {"zt-doors", "zt-identities", "zt-entries"}
+    assert {each["metadata"]["name"] for each in ours} == {each.policy for each in REFUSALS.values()} | others
 
     def checked(policy: dict[str, Any]) -> bool:
         found = read("validatingadmissionpolicy", policy["metadata"]["name"])
@@ -202,4 +203,26 @@ def test_no_service_makes_a_door_of_its_own(change: dict[str, Any]) -> None:
     exposed = {**service, "spec": rightful | change}
     assert "service_exposed: " in said_of(exposed)
     with without("zt-doors", partial(let_in, exposed)):
+        pass
+
+
+def test_nobody_is_given_another_s_identity() -> None:
+    """By an object of SPIRE's controller manager that names it."""
+    ours = read("clusterspiffeid", "zt-demo")
+    rightful = {**ours, "metadata": {"name": "tried"}}
+    rightful.pop("status", None)
+    assert said_of(rightful) == ""
+    named = {**rightful, "spec": {**ours["spec"], "spiffeIDTemplate": PAYMENTS}}
+    assert "identity_named: " in said_of(named)
+    with without("zt-identities", partial(let_in, named)):
+        pass
+
+    entry = {
+        "apiVersion": "spire.spiffe.io/v1alpha1",
+        "kind": "ClusterStaticEntry",
+        "metadata": {"name": "tried"},
+        "spec": {"spiffeID": PAYMENTS, "parentID": f"{PAYMENTS}-node", "selectors": ["k8s:ns:default"]},
+    }
+    assert "identity_named: " in said_of(entry)
+    with without("zt-entries", partial(let_in, entry)):
         pass
