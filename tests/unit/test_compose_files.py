@@ -127,3 +127,13 @@ def test_an_entry_is_known_again_as_the_server_tells_it() -> None:
     assert payments.spiffe_id == spiffe_id("payments")
     assert node.selectors == {f"x509pop:subject:cn:{NODE_NAME}"}
     assert Entry.from_json(told | {"selectors": told["selectors"][1:]}) != payments  # type: ignore[index]
+
+
+def test_every_alert_names_a_part_of_the_runbook_that_is_there() -> None:
+    rules = yaml.safe_load((ROOT / "dev" / "compose" / "observe" / "alerts.yml").read_text())["groups"]
+    text = (ROOT / "libs" / "ztmtls" / "docs" / "operations.md").read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    named = {rule["annotations"]["runbook"] for group in rules for rule in group["rules"]}
+    assert named
+    assert named <= {f"operations.md#{anchor}" for anchor in anchors}
