@@ -34,12 +34,15 @@ def no_order_fails_while_everything_is_replaced(
     url: str,
     spire_server: Callable[..., str],
     authorities_trusted: Callable[[str], int],
-    replace_logins: Callable[[], None],
+    *,
+    certificates: int = 1,
+    replace_logins: Callable[[], None] = lambda: None,
 ) -> OrdersMeanwhile:
     """Order on the page at `url` meanwhile, and say what became of it.
 
     `spire_server` runs a command of SPIRE's server and gives what it prints; `authorities_trusted` tells how
-    many a service trusts; `replace_logins` makes the databases' logins new, or begins it.
+    many a service trusts. So many `certificates` of each service are seen before its authority is replaced,
+    and three of its logins: where that does not happen by itself, `replace_logins` does it.
     """
     orders = OrdersMeanwhile(url)
     serials: dict[str, set[str]] = {"frontend": set(), "orders": set(), "payments": set()}
@@ -60,21 +63,23 @@ def no_order_fails_while_everything_is_replaced(
             if service.get("credentials"):
                 versions[service["service"]].add(service["credentials"]["version"])
 
-    def other_logins() -> bool:
+    def replaced() -> bool:
         look()
-        return all(len(seen) >= 3 for seen in versions.values())
+        return all(len(seen) >= 3 for seen in versions.values()) and all(
+            len(seen) >= certificates for seen in serials.values()
+        )
 
     with orders.going_on():
         until(lambda: orders.paid > 5, 30, "orders before")
         look()
         replace_logins()
-        until(other_logins, 90, f"every login is replaced twice: {versions}")
+        until(replaced, 90, f"every login is replaced twice, and certificates are: {serials} {versions}")
 
         authorities("prepare")
         new = authority("prepared")
         until(
             lambda: all(authorities_trusted(service) >= 2 for service in serials),
-            60,
+            30,
             "all trust the new authority before anything is signed by it",
         )
         authorities("activate", "-authorityID", new)
@@ -87,7 +92,7 @@ def no_order_fails_while_everything_is_replaced(
             look()
             return all(serials[service] > before[service] for service in serials)
 
-        until(renewed, 90, "every certificate is signed by the new authority")
+        until(renewed, 60, "every certificate is signed by the new authority")
         # The server renews its own certificate some seconds later than all others; should the agent meet the
         # old one before, it begins anew by itself.
         authorities("revoke", "-authorityID", old)

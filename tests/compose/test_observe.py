@@ -135,9 +135,12 @@ def test_an_order_is_one_trace_with_every_identity_in_it(watched: Project) -> No
 
 def test_nobody_but_prometheus_reads_the_metrics(watched: Project) -> None:
     """They are on a network of each service's own, not on the segments to its neighbours."""
-    targets = {service: [(address, 9090) for address in watched.addresses(service)] for service in CHAIN}
+    targets = {
+        service: [(address, 9090) for address in (*watched.addresses(service), f"{service}.observe")]
+        for service in CHAIN
+    }
     for service in CHAIN:
-        assert "connected" in probe(watched.network_of("prometheus"), [(f"{service}.observe", 9090)])
+        assert "connected" in probe(watched.network_of("prometheus"), targets[service])
 
     def strange(other: str) -> list[str]:
         others = [target for service in CHAIN if service != other for target in targets[service]]

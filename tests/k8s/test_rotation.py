@@ -35,6 +35,6 @@ def replace_logins() -> None:
 
 def test_no_order_fails_while_everything_is_replaced(page: str) -> None:
     orders = no_order_fails_while_everything_is_replaced(
-        page, spire_server, authorities_trusted, replace_logins
+        page, spire_server, authorities_trusted, replace_logins=replace_logins
     )
     assert orders.paid > 50
