@@ -13,11 +13,10 @@ import pytest
 import pytest_asyncio
 
 from tests.unit.templates import read_template
-from ztdev.aws.cloud import DatabaseAddress, LocalCloud
-from ztdev.aws.issuer import OidcIssuer
+from ztdev.aws.cloud import LocalCloud
 from ztdev.aws.stacks import Stack, StackFailed
-from ztdev.ports import choose_free_ports
-from ztdev.state import default_tools_directory
+
+from .clouds import cloud_alone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -40,18 +39,8 @@ UNTOLD = {"OrdersAdministratorSecretArn", "PaymentsAdministratorSecretArn"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cloud(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCloud]:
-    state = tmp_path_factory.mktemp("aws")
-    async with OidcIssuer(state / "issuer") as issuer:
-        cloud = LocalCloud(
-            state / "cloud",
-            port=choose_free_ports(1)[0],
-            issuer=issuer,
-            log_file=state / "aws.log",
-            databases={name: DatabaseAddress("127.0.0.1", 5432) for name in ("orders", "payments")},
-            environment_dir=default_tools_directory() / "aws-env",
-        )
-        async with cloud:
-            yield cloud
+    async with cloud_alone(tmp_path_factory.mktemp("aws")) as cloud:
+        yield cloud
 
 
 def known(template: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from ztdev.aws.cloud import DatabaseAddress, LocalCloud
-from ztdev.aws.issuer import OidcIssuer
+from ztdev.aws.cloud import LocalCloud
 from ztdev.aws.stacks import Stack, StackFailed
-from ztdev.ports import choose_free_ports
-from ztdev.state import default_tools_directory
+
+from .clouds import cloud_alone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
@@ -35,18 +34,8 @@ Outputs:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cloud(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCloud]:
-    state = tmp_path_factory.mktemp("aws")
-    async with OidcIssuer(state / "issuer") as issuer:
-        cloud = LocalCloud(
-            state / "cloud",
-            port=choose_free_ports(1)[0],
-            issuer=issuer,
-            log_file=state / "aws.log",
-            databases={name: DatabaseAddress("127.0.0.1", 5432) for name in ("orders", "payments")},
-            environment_dir=default_tools_directory() / "aws-env",
-        )
-        async with cloud:
-            yield cloud
+    async with cloud_alone(tmp_path_factory.mktemp("aws")) as cloud:
+        yield cloud
 
 
 class Told:
@@ -114,3 +103,11 @@ async def test_what_is_not_there_is_deleted_already(told: Told) -> None:
     await told.delete()
     assert told.stack.status() is None
     await told.delete()
+
+
+async def test_what_takes_too_long_counts_as_failed(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await told.deploy())["Arn"]
+    patient = Stack(told.client, told.stack.name, every=0.01, within=0.05)
+    monkeypatch.setattr(patient, "status", lambda: "UPDATE_IN_PROGRESS")
+    with pytest.raises(StackFailed, match="UPDATE_IN_PROGRESS"):
+        await asyncio.wait_for(asyncio.to_thread(patient.delete), 10)

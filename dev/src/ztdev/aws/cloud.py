@@ -40,7 +40,7 @@ _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from gate.__main__ impo
 #: Where CloudFormation is told that the packages of functions are.
 _BUCKET = "packages"
 
-_START_TIMEOUT, _STOP_GRACE = 30.0, 5.0
+_START_TIMEOUT, _DEPLOY_TIMEOUT, _STOP_GRACE = 30.0, 60.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -339,10 +339,10 @@ class LocalCloud:
             self.admin_client("iam").create_open_id_connect_provider(
                 Url=self._issuer.url, ClientIDList=[AUDIENCE], ThumbprintList=["0" * 40]
             )
+            stack = Stack(self.admin_client("cloudformation"), STACK_NAME, every=0.05, within=_DEPLOY_TIMEOUT)
+            self._outputs = stack.deploy(self._template, self._parameters(), {"project": "zt-demo"})
         except (ClientError, BotoCoreError) as error:
-            raise StackFailed(f"The issuer is refused: {error}") from error
-        stack = Stack(self.admin_client("cloudformation"), STACK_NAME, every=0.05)
-        self._outputs = stack.deploy(self._template, self._parameters(), {"project": "zt-demo"})
+            raise StackFailed(f"{self._template} cannot be deployed: {error}") from error
 
     def _parameters(self) -> dict[str, str]:
         parameters = {"OidcIssuerHost": self._issuer.host, "SpiffeTrustDomain": self._spiffe_trust_domain}

@@ -14,6 +14,7 @@ from ztdev.errors import StackError
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
+    from mypy_boto3_cloudformation.literals import ChangeSetTypeType
 
 #: Is called with a line for each thing that happens.
 Say = Callable[[str], None]
@@ -38,15 +39,23 @@ class Stack:
         name: the stack's.
         say: is told what happens to each resource.
         every: seconds between two looks.
+        within: seconds that something may take before it counts as failed.
     """
 
     def __init__(
-        self, client: CloudFormationClient, name: str, say: Say = lambda _: None, every: float = 5.0
+        self,
+        client: CloudFormationClient,
+        name: str,
+        say: Say = lambda _: None,
+        *,
+        every: float = 5.0,
+        within: float = 3600.0,
     ) -> None:
         self.name = name
         self._client = client
         self._say = say
         self._every = every
+        self._within = within
 
     def status(self) -> str | None:
         """CloudFormation's word for it; None when there is no such stack."""
@@ -73,18 +82,18 @@ class Stack:
             text = template.read_text()
         except OSError as error:
             raise StackFailed(f"{template} cannot be read: {error.strerror}.") from error
-        self._settle()
-        if self.status() in _STILLBORN:
+        status = self._settle()
+        if status in _STILLBORN:
             self._say(f"{self.name}: clearing away what was never made")
             self.delete()
-        kind = "UPDATE" if self.status() in _UPDATABLE else "CREATE"
+        kind: ChangeSetTypeType = "UPDATE" if status in _UPDATABLE else "CREATE"
         change = f"deploy-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
         since = datetime.now(UTC)
         try:
             self._client.create_change_set(
                 StackName=self.name,
                 ChangeSetName=change,
-                ChangeSetType=kind,  # type: ignore[arg-type]
+                ChangeSetType=kind,
                 TemplateBody=text,
                 Parameters=[
                     {"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()
@@ -109,13 +118,12 @@ class Stack:
         Raises:
             StackFailed: something of it stays. The text says what, and why.
         """
-        self._settle()
-        if self.status() is None:
+        if self._settle() is None:
             return
         since = datetime.now(UTC)
         self._client.delete_stack(StackName=self.name)
         status = self._settle(since)
-        if status is not None and status != "DELETE_COMPLETE":
+        if status is not None:
             raise StackFailed(f"{self.name} ended as {status}:\n" + "\n".join(self._reasons(since)))
 
     def _describe(self) -> dict[str, Any] | None:
@@ -128,7 +136,8 @@ class Stack:
         return found[0] if found and found[0]["StackStatus"] != "DELETE_COMPLETE" else None
 
     def _has_changes(self, change: str) -> bool:
-        while True:
+        deadline = time.monotonic() + self._within
+        while time.monotonic() < deadline:
             found = self._client.describe_change_set(StackName=self.name, ChangeSetName=change)
             if found["Status"] == "CREATE_COMPLETE":
                 return True
@@ -139,10 +148,13 @@ class Stack:
                     return False
                 raise StackFailed(f"{self.name}: {why}")
             time.sleep(min(self._every, 1.0))
+        raise StackFailed(f"{self.name}: what changes is not known after {self._within:.0f} s")
 
     def _settle(self, since: datetime | None = None) -> str | None:
-        """Wait while something happens to the stack, and tell what; then its status."""
+        """Wait while something happens to the stack, and tell what; then its status. What goes on for too
+        long is its status, too."""
         told: set[str] = set()
+        deadline = time.monotonic() + self._within
         while True:
             status = self.status()
             if since is not None and status is not None:
@@ -150,7 +162,8 @@ class Stack:
                     if event["EventId"] not in told:
                         told.add(event["EventId"])
                         self._tell(event)
-            if status is None or status == "REVIEW_IN_PROGRESS" or not status.endswith("_IN_PROGRESS"):
+            ended = status is None or status == "REVIEW_IN_PROGRESS" or not status.endswith("_IN_PROGRESS")
+            if ended or time.monotonic() > deadline:
                 return status
             time.sleep(self._every)
 
