@@ -161,7 +161,7 @@ lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compo
 	@$(UV) run --quiet --isolated --frozen --only-group containers hadolint services/*/Dockerfile dev/Dockerfile
 	@docker compose config --quiet
 
-# Each kustomization by itself, rendered into a file of its own. KINDS are those of the schemas' version.
+# Each kustomization by itself. Of SPIRE's kinds there is no schema here: `make test-k8s` holds them against the CRDs.
 .PHONY: lint-k8s
 lint-k8s: setup .tools/checkov/.ready ## Render k8s/, hold it against Kubernetes' schemas and check it with checkov (needs kubectl)
 	@rm -rf build/rendered; mkdir -p build/rendered

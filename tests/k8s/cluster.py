@@ -192,14 +192,8 @@ def _try(*arguments: str) -> str:
 
 def remove() -> None:
     """Take away what `deploy` has made; the rest of the cluster is not touched."""
-    kubectl(
-        "delete",
-        "--ignore-not-found",
-        "--wait=false",
-        "--filename",
-        "-",
-        given=yaml.safe_dump_all(manifests()),
-    )
+    gone = ("delete", "--ignore-not-found", "--wait=false", "--filename=-")
+    kubectl(*gone, given=yaml.safe_dump_all(manifests()))
 
 
 def rows(database: str, query: str) -> list[str]:

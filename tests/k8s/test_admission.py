@@ -13,7 +13,7 @@ import pytest
 
 from tests.k8s.cluster import pods_of, without
 from tests.waiting import until
-from ztdev.kubernetes.kubectl import ClusterFault, kubectl, read, said_of
+from ztdev.kubernetes.kubectl import read, refusal, said_of
 from ztdev.kubernetes.pods import as_deployed
 
 Change = Callable[[dict[str, Any]], None]
@@ -177,11 +177,7 @@ def put_into_a_pod() -> str:
     }
     pod["spec"]["ephemeralContainers"] = [container]
     path = f"/api/v1/namespaces/zt-demo/pods/{pod['metadata']['name']}/ephemeralcontainers?dryRun=All"
-    try:
-        kubectl("replace", "--raw", path, "--filename=-", given=json.dumps(pod))
-    except ClusterFault as fault:
-        return str(fault)
-    return ""
+    return refusal("replace", "--raw", path, "--filename=-", given=json.dumps(pod))
 
 
 def test_nobody_is_put_into_a_pod_that_has_an_identity() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.k8s.cluster import ROOT
-from ztdev.kubernetes.account import IMAGES, databases, kustomization
+from ztdev.kubernetes.account import IMAGES, Account
 from ztdev.kubernetes.kubectl import kubectl, rendered
 
 FOLDERS = ("k8s/overlays/eks", "k8s/overlays/eks-databases", "k8s/spire/csi")
@@ -71,12 +71,15 @@ def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: P
         **{f"{name}SecretArn": f"arn:aws:secretsmanager:us-east-1:444455556666:{name}" for name in secrets},
     }
     digests = {repository: f"sha256:{number:064x}" for number, repository in enumerate(IMAGES.values())}
+    account = Account(OTHER, workload, digests, "us-east-1")
     objects = []
-    for name, make in (("all", partial(kustomization, page="shop.test")), ("databases", databases)):
+    for name, make in (
+        ("all", partial(account.services, page="shop.test")),
+        ("databases", account.databases),
+    ):
         folder = tmp_path / name
         folder.mkdir()
-        wrapper = make(OTHER, workload, digests, region="us-east-1", folder=folder)
-        (folder / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(make(folder)))
         objects += [each for each in rendered(folder) if each["kind"] != "CustomResourceDefinition"]
     text = yaml.safe_dump_all(objects)
     for left in (

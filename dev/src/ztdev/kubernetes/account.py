@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,116 +46,108 @@ class Missing(StackError):
     """Something that the manifests need is not there yet. The text says what, and what makes it."""
 
 
-def _images(registry: str, digests: Mapping[str, str]) -> list[dict[str, str]]:
-    return [
-        {"name": name, "newName": registry + repository, "digest": digests[repository]}
-        for name, repository in IMAGES.items()
-    ]
+@dataclass(frozen=True)
+class _Address:
+    """Where an address is in a network policy, and the output of platform.yaml that says it."""
+
+    policy: str
+    path: str
+    output: str
+    namespace: str = "zt-demo"
+
+    def patch(self, platform: Mapping[str, str]) -> dict[str, Any]:
+        operation = [{"op": "replace", "path": self.path, "value": platform[self.output]}]
+        target = {"kind": "NetworkPolicy", "name": self.policy, "namespace": self.namespace}
+        return {"target": target, "patch": yaml.safe_dump(operation)}
 
 
-def kustomization(
-    platform: Mapping[str, str],
-    workload: Mapping[str, str],
-    digests: Mapping[str, str],
-    *,
-    region: str,
-    page: str,
-    folder: Path,
-) -> dict[str, Any]:
-    """The kustomization for `folder`. `platform` and `workload` are the stacks' outputs, `digests` those of
-    the repositories in `IMAGES`, `page` is the name that people know the page by."""
-    registry = platform["Registry"]
-
-    def settings(name: str, **values: str) -> dict[str, Any]:
-        literals = [f"{key}={value}" for key, value in values.items()]
-        return {"name": f"{name}-settings", "namespace": "zt-demo", "behavior": "merge", "literals": literals}
-
-    def database(service: str, secret: str, role: str) -> dict[str, str]:
-        return {
-            "AWS_REGION": region,
-            "AWS_ROLE_ARN": workload[role],
-            "DB_HOST": platform[f"{service}DatabaseHost"],
-            "DB_SECRET_ID": workload[secret],
-        }
-
-    sources = {
-        "name": "images",
-        "namespace": "zt-admission",
-        "behavior": "merge",
-        "options": {"disableNameSuffixHash": True},
-        "literals": [f"{name}={registry}" for name in ("zt-demo", "zt-demo-databases", "spire-system")],
-    }
-    return {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [os.path.relpath(OVERLAY, folder)],
-        "images": _images(registry, digests),
-        "configMapGenerator": [
-            sources,
-            settings("frontend", ALLOWED_HOSTS=page),
-            settings("orders", **database("Orders", "OrdersDatabaseSecretArn", "OrdersRoleArn")),
-            settings("payments", **database("Payments", "PaymentsDatabaseSecretArn", "PaymentsRoleArn")),
-            settings("orders-migrate", **database("Orders", "OrdersOwnerSecretArn", "OrdersMigrateRoleArn")),
-            settings(
-                "payments-migrate", **database("Payments", "PaymentsOwnerSecretArn", "PaymentsMigrateRoleArn")
-            ),
-        ],
-        "patches": [_address(*place, platform[output]) for place, output in _ADDRESSES],
-    }
-
-
-def databases(
-    platform: Mapping[str, str],
-    workload: Mapping[str, str],
-    digests: Mapping[str, str],
-    *,
-    region: str,
-    folder: Path,
-) -> dict[str, Any]:
-    """The kustomization for `folder` of the job that makes the databases' roles; see `kustomization`."""
-    settings = {
-        "AWS_REGION": region,
-        "AWS_ROLE_ARN": workload["DatabasesRoleArn"],
-        "ORDERS_ADMINISTRATOR_SECRET": platform["OrdersAdministratorSecretArn"],
-        "PAYMENTS_ADMINISTRATOR_SECRET": platform["PaymentsAdministratorSecretArn"],
-    }
-    places = [
-        ("/spec/egress/0/to/0/ipBlock/cidr", "OrdersDataCidr"),
-        ("/spec/egress/0/to/1/ipBlock/cidr", "PaymentsDataCidr"),
-        ("/spec/egress/1/to/0/ipBlock/cidr", "EndpointsCidr"),
-    ]
-    namespace = "zt-demo-databases"
-    return {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [os.path.relpath(OVERLAY.with_name("eks-databases"), folder)],
-        "images": _images(platform["Registry"], digests),
-        "configMapGenerator": [
-            {
-                "name": "databases-settings",
-                "namespace": namespace,
-                "behavior": "merge",
-                "literals": [f"{key}={value}" for key, value in settings.items()],
-            }
-        ],
-        "patches": [_address("databases", namespace, path, platform[output]) for path, output in places],
-    }
-
-
-#: Where an address is in the overlay (policy, namespace, path), and the output that says it.
+_EGRESS = "/spec/egress/0/to/0/ipBlock/cidr"
 _ADDRESSES = [
-    (("orders-database", "zt-demo", "/spec/egress/0/to/0/ipBlock/cidr"), "OrdersDataCidr"),
-    (("payments-database", "zt-demo", "/spec/egress/0/to/0/ipBlock/cidr"), "PaymentsDataCidr"),
-    (("aws", "zt-demo", "/spec/egress/0/to/0/ipBlock/cidr"), "EndpointsCidr"),
-    (("door", "zt-demo", "/spec/ingress/0/from/0/ipBlock/cidr"), "DoorCidr"),
-    (("server", "spire-system", "/spec/egress/1/to/0/ipBlock/cidr"), "ControlCidr"),
+    _Address("orders-database", _EGRESS, "OrdersDataCidr"),
+    _Address("payments-database", _EGRESS, "PaymentsDataCidr"),
+    _Address("aws", _EGRESS, "EndpointsCidr"),
+    _Address("door", "/spec/ingress/0/from/0/ipBlock/cidr", "DoorCidr"),
+    _Address("server", "/spec/egress/1/to/0/ipBlock/cidr", "ControlCidr", "spire-system"),
+]
+
+_DATABASES = "zt-demo-databases"
+_DATABASES_ADDRESSES = [
+    _Address("databases", _EGRESS, "OrdersDataCidr", _DATABASES),
+    _Address("databases", "/spec/egress/0/to/1/ipBlock/cidr", "PaymentsDataCidr", _DATABASES),
+    _Address("databases", "/spec/egress/1/to/0/ipBlock/cidr", "EndpointsCidr", _DATABASES),
 ]
 
 
-def _address(policy: str, namespace: str, path: str, cidr: str) -> dict[str, Any]:
-    operation = [{"op": "replace", "path": path, "value": cidr}]
-    target = {"kind": "NetworkPolicy", "name": policy, "namespace": namespace}
-    return {"target": target, "patch": yaml.safe_dump(operation)}
+@dataclass(frozen=True)
+class Account:
+    """What an account has: outputs of its stacks, `digests` of the repositories in `IMAGES`, its `region`."""
+
+    platform: Mapping[str, str]
+    workload: Mapping[str, str]
+    digests: Mapping[str, str]
+    region: str
+
+    def services(self, folder: Path, page: str) -> dict[str, Any]:
+        """The kustomization of overlays/eks for `folder`; `page` is the name that people know the page by."""
+        names = ("zt-demo", _DATABASES, "spire-system")
+        sources = dict.fromkeys(names, self.platform["Registry"])
+        settings = {
+            "frontend-settings": {"ALLOWED_HOSTS": page},
+            "orders-settings": self._database("Orders", "OrdersDatabase", "Orders"),
+            "payments-settings": self._database("Payments", "PaymentsDatabase", "Payments"),
+            "orders-migrate-settings": self._database("Orders", "OrdersOwner", "OrdersMigrate"),
+            "payments-migrate-settings": self._database("Payments", "PaymentsOwner", "PaymentsMigrate"),
+        }
+        generators = [
+            _merged("images", "zt-admission", sources) | {"options": {"disableNameSuffixHash": True}},
+            *(_merged(name, "zt-demo", values) for name, values in settings.items()),
+        ]
+        return self._over(OVERLAY, folder, generators, _ADDRESSES)
+
+    def databases(self, folder: Path) -> dict[str, Any]:
+        """The kustomization for `folder` of the job that makes the databases' roles."""
+        settings = {
+            "AWS_REGION": self.region,
+            "AWS_ROLE_ARN": self.workload["DatabasesRoleArn"],
+            "ORDERS_ADMINISTRATOR_SECRET": self.platform["OrdersAdministratorSecretArn"],
+            "PAYMENTS_ADMINISTRATOR_SECRET": self.platform["PaymentsAdministratorSecretArn"],
+        }
+        overlay = OVERLAY.with_name("eks-databases")
+        generators = [_merged("databases-settings", _DATABASES, settings)]
+        return self._over(overlay, folder, generators, _DATABASES_ADDRESSES)
+
+    def _database(self, service: str, secret: str, role: str) -> dict[str, str]:
+        return {
+            "AWS_REGION": self.region,
+            "AWS_ROLE_ARN": self.workload[f"{role}RoleArn"],
+            "DB_HOST": self.platform[f"{service}DatabaseHost"],
+            "DB_SECRET_ID": self.workload[f"{secret}SecretArn"],
+        }
+
+    def _over(
+        self,
+        overlay: Path,
+        folder: Path,
+        generators: Sequence[Mapping[str, Any]],
+        addresses: Sequence[_Address],
+    ) -> dict[str, Any]:
+        registry = self.platform["Registry"]
+        return {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [os.path.relpath(overlay, folder)],
+            "images": [
+                {"name": name, "newName": registry + repository, "digest": self.digests[repository]}
+                for name, repository in IMAGES.items()
+            ],
+            "configMapGenerator": list(generators),
+            "patches": [address.patch(self.platform) for address in addresses],
+        }
+
+
+def _merged(name: str, namespace: str, values: Mapping[str, str]) -> dict[str, Any]:
+    literals = [f"{key}={value}" for key, value in values.items()]
+    return {"name": name, "namespace": namespace, "behavior": "merge", "literals": literals}
 
 
 def newest(client: ECRClient, prefix: str) -> dict[str, str]:
@@ -202,9 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         session = boto3.Session(region_name=given.region)
         stacks = session.client("cloudformation")
-        platform = outputs(stacks, given.platform or f"{given.prefix}-platform", "platform.yaml")
-        workload = outputs(stacks, given.workload or f"{given.prefix}-workload", "workload.yaml")
-        digests, region = newest(session.client("ecr"), given.prefix), session.region_name
+        account = Account(
+            outputs(stacks, given.platform or f"{given.prefix}-platform", "platform.yaml"),
+            outputs(stacks, given.workload or f"{given.prefix}-workload", "workload.yaml"),
+            newest(session.client("ecr"), given.prefix),
+            session.region_name,
+        )
     except (ClientError, BotoCoreError) as error:
         print(f"AWS says: {error}", file=sys.stderr)
         return 1
@@ -212,13 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return int(error.exit_status)
     folder: Path = given.folder
-    written = kustomization(platform, workload, digests, region=region, page=given.page, folder=folder)
-    _write(folder, written)
-    if "DatabasesRoleArn" in workload:
-        _write(
-            folder / "databases",
-            databases(platform, workload, digests, region=region, folder=folder / "databases"),
-        )
+    _write(folder, account.services(folder, given.page))
+    if "DatabasesRoleArn" in account.workload:
+        _write(folder / "databases", account.databases(folder / "databases"))
     return 0
 
 

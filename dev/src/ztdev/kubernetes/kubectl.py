@@ -66,14 +66,19 @@ def rendered(overlay: Path) -> list[dict[str, Any]]:
     return [each for each in yaml.safe_load_all(text) if each]
 
 
-def said_of(document: dict[str, Any]) -> str:
-    """What the API server says of an object that it is asked to make, as far as it would: nothing when it is
-    let in."""
+def refusal(*arguments: str, given: str = "") -> str:
+    """What kubectl says when it fails; nothing when it does not."""
     try:
-        kubectl("create", "--dry-run=server", "--output=name", "--filename=-", given=json.dumps(document))
+        kubectl(*arguments, given=given)
     except ClusterFault as fault:
         return str(fault)
     return ""
+
+
+def said_of(document: dict[str, Any]) -> str:
+    """What the API server says of an object that it is asked to make, as far as it would: nothing when it is
+    let in."""
+    return refusal("create", "--dry-run=server", "--output=name", "--filename=-", given=json.dumps(document))
 
 
 def python(namespace: str, target: str, program: str, given: object = None) -> Any:

@@ -229,9 +229,8 @@ async def ensure_rotation_right(connection: Connection, roles: ServiceRoles) -> 
         await connection.execute("CREATE SCHEMA IF NOT EXISTS rotation")
         await connection.execute(create)
         for statement in (
-            sql.SQL(
-                "GRANT USAGE, CREATE ON SCHEMA rotation TO {passwords}"
-            ),  # an owner must be able to create it
+            # An owner must be able to create what he is to own.
+            sql.SQL("GRANT USAGE, CREATE ON SCHEMA rotation TO {passwords}"),
             sql.SQL("ALTER FUNCTION rotation.set_password OWNER TO {passwords}"),
             sql.SQL("REVOKE ALL ON SCHEMA rotation FROM {passwords}"),
             sql.SQL("REVOKE ALL ON FUNCTION rotation.set_password FROM PUBLIC"),

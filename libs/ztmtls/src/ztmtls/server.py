@@ -129,11 +129,16 @@ async def serve_public(
     a `tracer`, each request begins a trace. `on_stopping` is called once, before requests in flight get
     their `grace` seconds: end streams there, which would use them up.
     """
-    tls: dict[str, Any] = {}
+    context = None
     if source is not None:
         _ = source.context  # fail now, not at the first handshake
-        tls["ssl_context_factory"] = lambda config, default: DoorContext.of(source)
-    config = _config(_traced(app, tracer), http, grace, **tls)
+        context = DoorContext.of(source)
+    config = _config(
+        _traced(app, tracer),
+        http,
+        grace,
+        ssl_context_factory=(lambda config, default: context) if context else None,
+    )
     await _run_server(config, bind(host, port, "PORT"), probes, drain, on_stopping=on_stopping)
 
 
