@@ -88,7 +88,6 @@ class Stack:
             self.delete()
         kind: ChangeSetTypeType = "UPDATE" if status in _UPDATABLE else "CREATE"
         change = f"deploy-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
-        since = datetime.now(UTC)
         try:
             self._client.create_change_set(
                 StackName=self.name,
@@ -104,12 +103,14 @@ class Stack:
             if not self._has_changes(change):
                 self._say(f"{self.name}: nothing to change")
                 return self.outputs()
-            self._client.execute_change_set(StackName=self.name, ChangeSetName=change)
+            self._client.execute_change_set(
+                StackName=self.name, ChangeSetName=change, ClientRequestToken=change
+            )
         except ClientError as error:
             raise StackFailed(f"{self.name}: {template.name} is refused: {_message(error)}") from error
-        status = self._settle(since)
+        status = self._settle(change)
         if status not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-            raise StackFailed(f"{self.name} ended as {status}:\n" + "\n".join(self._reasons(since)))
+            raise StackFailed(f"{self.name} ended as {status}:\n" + "\n".join(self._reasons(change)))
         return self.outputs()
 
     def delete(self) -> None:
@@ -120,11 +121,11 @@ class Stack:
         """
         if self._settle() is None:
             return
-        since = datetime.now(UTC)
-        self._client.delete_stack(StackName=self.name)
-        status = self._settle(since)
+        request = f"delete-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
+        self._client.delete_stack(StackName=self.name, ClientRequestToken=request)
+        status = self._settle(request)
         if status is not None:
-            raise StackFailed(f"{self.name} ended as {status}:\n" + "\n".join(self._reasons(since)))
+            raise StackFailed(f"{self.name} ended as {status}:\n" + "\n".join(self._reasons(request)))
 
     def _describe(self) -> dict[str, Any] | None:
         try:
@@ -150,32 +151,45 @@ class Stack:
             time.sleep(min(self._every, 1.0))
         raise StackFailed(f"{self.name}: what changes is not known after {self._within:.0f} s")
 
-    def _settle(self, since: datetime | None = None) -> str | None:
+    def _settle(self, request: str | None = None) -> str | None:
         """Wait while something happens to the stack, and tell what; then its status. What goes on for too
-        long is its status, too."""
+        long is its status, too.
+
+        With `request`, what that asked for has to begin first: CloudFormation answers before it does, and
+        until then tells of the stack as it was.
+        """
         told: set[str] = set()
+        begun = request is None
         deadline = time.monotonic() + self._within
         while True:
             status = self.status()
-            if since is not None and status is not None:
-                for event in self._events(since):
+            if request is not None and status is not None:
+                for event in self._events(request):
+                    begun = True
                     if event["EventId"] not in told:
                         told.add(event["EventId"])
                         self._tell(event)
-            ended = status is None or status == "REVIEW_IN_PROGRESS" or not status.endswith("_IN_PROGRESS")
-            if ended or time.monotonic() > deadline:
+                status = self.status() if begun else status
+            under_way = (
+                status is not None and status.endswith("_IN_PROGRESS") and status != "REVIEW_IN_PROGRESS"
+            )
+            if status is None or (begun and not under_way) or time.monotonic() > deadline:
                 return status
             time.sleep(self._every)
 
-    def _events(self, since: datetime) -> list[Any]:
-        """What has happened since then, oldest first."""
+    def _events(self, request: str) -> list[Any]:
+        """What has happened because of a request, oldest first."""
         pages = self._client.get_paginator("describe_stack_events").paginate(StackName=self.name)
         found: list[Any] = []
-        for page in pages:
-            recent = [each for each in page["StackEvents"] if each["Timestamp"] >= since]
-            found += recent
-            if len(recent) < len(page["StackEvents"]):
-                break
+        try:
+            for page in pages:
+                recent = [each for each in page["StackEvents"] if each.get("ClientRequestToken") == request]
+                found += recent
+                if found and len(recent) < len(page["StackEvents"]):
+                    break
+        except ClientError as error:
+            if "does not exist" not in _message(error):  # it has been deleted meanwhile
+                raise
         return found[::-1]
 
     def _tell(self, event: Mapping[str, Any]) -> None:
@@ -186,11 +200,11 @@ class Stack:
         )
         self._say(f"{text}: {reason}" if failed and reason else text)
 
-    def _reasons(self, since: datetime) -> list[str]:
+    def _reasons(self, request: str) -> list[str]:
         """Why it failed: of each resource that did, and was not merely given up because of another."""
         reasons = [
             f"    {event['LogicalResourceId']}: {event['ResourceStatusReason']}"
-            for event in self._events(since)
+            for event in self._events(request)
             if event["ResourceStatus"].endswith("_FAILED")
             and event.get("ResourceStatusReason")
             and "cancelled" not in event["ResourceStatusReason"]
