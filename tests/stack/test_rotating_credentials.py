@@ -8,6 +8,7 @@ ends the trouble, and sees everything well again: in the same process, with the 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import secrets
@@ -247,6 +248,30 @@ async def test_an_idle_service_follows_a_rotation_too(orders: Rotated, start: St
         await orders.rotate()
 
         await until_sessions(orders, lambda found: found.get(before, 0) == 0 and sum(found.values()) == 4)
+
+
+async def test_a_request_that_is_cut_off_leaves_no_session_behind(orders: Rotated, start: Starts) -> None:
+    """At any moment of opening its connection, and though nobody collects garbage."""
+    process = await start()
+    assert await process.request()
+    began = time.monotonic()
+    await process.engine.dispose()
+    await process.request()
+    takes = time.monotonic() - began
+    gc.collect()
+    gc.disable()
+    try:
+        for tenth in range(20):
+            await process.engine.dispose()
+            requests = [asyncio.create_task(process.request()) for _ in range(4)]
+            await asyncio.sleep(takes * tenth / 10)
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+        await process.engine.dispose()
+        await until_sessions(orders, lambda found: not found)
+    finally:
+        gc.enable()
 
 
 async def test_a_transaction_that_is_open_during_a_rotation_is_not_cut(

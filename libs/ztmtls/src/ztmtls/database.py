@@ -262,6 +262,12 @@ class _Opened(psycopg.Connection[Any]):
     secret_version = ""
 
 
+def _close_unwanted(opening: asyncio.Task[_OpenedAsync]) -> None:
+    """Whoever wanted it was cancelled: close it, once it is open."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().pgconn.finish()
+
+
 class _LoginRefused(NoDatabase):
     """The server does not take this user name and password."""
 
@@ -369,8 +375,13 @@ class _Connector:
     # password, is not even the context of ours.
 
     async def _open_async(self, version: SecretVersion) -> _OpenedAsync:
+        opening = asyncio.create_task(_OpenedAsync.connect(**self.parameters(version)))
         try:
-            opened = await _OpenedAsync.connect(**self.parameters(version))
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # Cut off, psycopg would leave the session to the garbage collector.
+            opening.add_done_callback(_close_unwanted)
+            raise
         except psycopg.Error as error:
             failure = self._refused(error, version)
         else:
