@@ -100,11 +100,19 @@ rotate: ## Rotate the database logins of the containers now; ARGS=orders for one
 ps: ## List the containers, and how they are
 	@exec docker compose ps --all $(ARGS)
 
-##@ On Kubernetes (the cluster that KUBECONFIG names)
+##@ On EKS, and on the cluster that KUBECONFIG names
 
-.PHONY: eks-manifests
-eks-manifests: setup ## Write k8s/overlays/eks with your account's values into build/eks (PAGE=page.example, and AWS's credentials)
-	@exec .venv/bin/python -m ztdev.kubernetes.account --page "$(PAGE)" $(ARGS)
+.PHONY: deploy-tools
+deploy-tools: setup .tools/cosign/.built .tools/syft/.built ## Build and fetch beforehand what `make deploy` needs; it does so by itself, too
+	@.venv/bin/python -m ztdev.eks prepare
+
+.PHONY: deploy
+deploy: deploy-tools ## Make everything on EKS, and verify it: asks before it spends; run again, it goes on (ARGS=--help)
+	@exec .venv/bin/python -m ztdev.eks deploy $(if $(PAGE),--page "$(PAGE)") $(ARGS)
+
+.PHONY: undeploy
+undeploy: setup ## Take all of that away again, and prove that nothing is left that costs
+	@exec .venv/bin/python -m ztdev.eks undeploy $(ARGS)
 
 .PHONY: verify
 verify: setup ## Prove there that each control is enforced: what is rightful passes, and what isn't is refused
@@ -151,6 +159,10 @@ test-compose: setup $(addprefix .tools/,$(addsuffix /.built,prometheus jaeger sy
 .PHONY: test-k8s
 test-k8s: setup .tools/spire-controller-manager/.built ## Tests of k8s/overlays/local on the cluster of KUBECONFIG; K8S_LOAD=COMMAND loads an image there
 	@exec .venv/bin/pytest -q --timeout 600 tests/k8s $(ARGS)
+
+.PHONY: test-deploy
+test-deploy: setup deploy-tools .tools/spire-controller-manager/.built ## Tests of `make deploy` on that cluster, which has nothing of ours yet, and a local AWS
+	@exec .venv/bin/pytest -q --timeout 600 tests/deploy $(ARGS)
 
 .PHONY: arrows
 arrows: setup ## Draw what the network policies of each overlay allow, into its arrows.md (needs kubectl)

@@ -133,7 +133,7 @@ def load_images() -> dict[str, str]:
 
 
 @contextmanager
-def page() -> Iterator[str]:
+def page(scheme: str = "http") -> Iterator[str]:
     """The address of the page, as somebody with access to the cluster opens it."""
     (port,) = choose_free_ports(1)
     forward = ("kubectl", "--namespace", "zt-demo", "port-forward", "service/frontend", f"{port}:80")
@@ -143,7 +143,7 @@ def page() -> Iterator[str]:
             said = process.stdout.readline()
             if not said.startswith("Forwarding"):
                 raise ClusterFault(said + process.stdout.read())
-            yield f"http://127.0.0.1:{port}"
+            yield f"{scheme}://localhost:{port}"
         finally:
             process.terminate()
 

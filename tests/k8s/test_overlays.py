@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.k8s.cluster import ROOT
-from ztdev.kubernetes.account import IMAGES, Account
+from ztdev.eks.account import IMAGES, Account
 from ztdev.kubernetes.kubectl import kubectl, rendered
 
 FOLDERS = ("k8s/overlays/eks", "k8s/overlays/eks-databases", "k8s/spire/csi")

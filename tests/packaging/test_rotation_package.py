@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ztdev.errors import ProgramMissing
-from ztdev.functions import CA_FILE, LAMBDA_PLATFORMS, LAMBDA_PYTHON, build, for_this_machine
+from ztdev.functions import CA_FILE, LAMBDA_PLATFORMS, LAMBDA_PYTHON, build, kept
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -55,14 +55,14 @@ def test_it_holds_the_function_its_driver_and_the_authorities_and_nothing_else(t
 
 
 def test_the_one_for_this_machine_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = for_this_machine(tmp_path / "kept")
+    made = kept(tmp_path / "kept")
     assert made.sha256 == build(tmp_path / "again").sha256
     monkeypatch.setenv("UV", str(tmp_path / "no-uv"))  # neither uv nor the network is needed from now on
 
-    assert for_this_machine(tmp_path / "kept") == made
+    assert kept(tmp_path / "kept") == made
 
     with pytest.raises(ProgramMissing):
-        for_this_machine(tmp_path / "elsewhere")
+        kept(tmp_path / "elsewhere")
 
 
 def test_another_content_has_another_name(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ UNKNOWN = {
     "AWS::EKS::Addon",
     "AWS::EKS::PodIdentityAssociation",
     "AWS::IAM::OIDCProvider",
+    "AWS::SecretsManager::RotationSchedule",
     "AWS::WAFv2::WebACLAssociation",
 }
 

@@ -532,7 +532,7 @@ def demo(
 def prepare() -> None:
     """Install and unpack now what a first start would, so that the next one is quick."""
     from .aws.environment import ensure_environment
-    from .functions import for_this_machine
+    from .functions import kept
 
     console = make_console()
     progress = Progress(console)
@@ -542,7 +542,7 @@ def prepare() -> None:
         asyncio.run(ensure_environment(tools / "aws-env", steps.notice))
         detail.text = str(tools / "aws-env")
     with steps.step("rotation function's package") as detail:
-        detail.text = str(for_this_machine(tools / "packages").file)
+        detail.text = str(kept(tools / "packages").file)
     progress.close()
 
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -71,30 +72,47 @@ def build(into: Path, *, architecture: str | None = None, ca_file: Path | None =
             shutil.copyfile(ca_file, tree / CA_FILE)
         zipped = Path(directory) / "package.zip"
         _zip(tree, zipped)
-        digest = hashlib.sha256(zipped.read_bytes()).hexdigest()
-        into.mkdir(parents=True, exist_ok=True)
-        file = into / f"{NAME}-{architecture or 'local'}-{digest[:16]}.zip"
-        shutil.copyfile(zipped, unfinished := file.with_suffix(f".{os.getpid()}"))
-        unfinished.replace(file)
-    return Package(file, file.stat().st_size, digest)
+        return _named(zipped, into, f"{NAME}-{architecture or 'local'}")
 
 
-def for_this_machine(keep: Path) -> Package:
-    """The package for this machine and its Python, as `build` makes it: the one that is kept in the directory
-    `keep` if it was made of the same sources and the same lock file, so that nothing is fetched twice.
+def _named(zipped: Path, into: Path, name: str) -> Package:
+    """The finished package in the directory `into`, named after its content."""
+    content = zipped.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    into.mkdir(parents=True, exist_ok=True)
+    file = into / f"{name}-{digest[:16]}.zip"
+    shutil.copyfile(zipped, unfinished := file.with_suffix(f".{os.getpid()}"))
+    unfinished.replace(file)
+    return Package(file, len(content), digest)
+
+
+def kept(keep: Path, architecture: str | None = None) -> Package:
+    """The package as `build` makes it: the one that is kept in the directory `keep` if it was made of the
+    same sources and the same lock file, so that nothing is fetched twice.
 
     Raises:
         StackError: as `build`.
     """
     root = _checkout()
-    digest = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
+    target = architecture or f"{sys.version} {platform.machine()}"
+    digest = hashlib.sha256(target.encode())
     for made_of in (Path(__file__), root / "uv.lock", *sorted(_source(root).rglob("*.py"))):
         digest.update(made_of.read_bytes())
     folder = keep / digest.hexdigest()[:16]
-    for kept in folder.glob("*.zip"):
-        content = kept.read_bytes()
-        return Package(kept, len(content), hashlib.sha256(content).hexdigest())
-    return build(folder)
+    for there in folder.glob("*.zip"):
+        content = there.read_bytes()
+        return Package(there, len(content), hashlib.sha256(content).hexdigest())
+    return build(folder, architecture=architecture)
+
+
+def with_authorities(package: Package, ca_file: Path, into: Path) -> Package:
+    """The package with the authorities of the database's certificate in it, made in the directory `into`."""
+    with tempfile.TemporaryDirectory(prefix="package-") as directory:
+        zipped = Path(directory) / "package.zip"
+        shutil.copyfile(package.file, zipped)
+        with zipfile.ZipFile(zipped, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            _add(archive, CA_FILE, ca_file.read_bytes(), mode=0o644)
+        return _named(zipped, into, package.file.name.rpartition("-")[0])
 
 
 def _checkout() -> Path:
@@ -165,11 +183,16 @@ def _uv(root: Path, *arguments: str) -> None:
 def _zip(tree: Path, file: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for path in sorted(_packaged(tree)):
-            entry = zipfile.ZipInfo(path.relative_to(tree).as_posix(), _EPOCH)
-            entry.external_attr = (0o100755 if path.suffix == ".so" else 0o100644) << 16
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.create_system = 3  # whatever made it: Unix
-            archive.writestr(entry, path.read_bytes())
+            mode = 0o755 if path.suffix == ".so" else 0o644
+            _add(archive, path.relative_to(tree).as_posix(), path.read_bytes(), mode)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.external_attr = (stat.S_IFREG | mode) << 16
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.create_system = 3  # whatever made it: Unix
+    archive.writestr(entry, content)
 
 
 def _packaged(tree: Path) -> Iterator[Path]:

@@ -65,18 +65,21 @@ def write_bills(found: Mapping[str, str]) -> None:
     BILLS.mkdir(parents=True, exist_ok=True)
 
     def write(variable: str) -> Path:
-        bill = bill_of(variable)
-        _run(
-            *(tool("syft"), "scan", f"docker:{found[variable]}", "--quiet"),
-            *("--output", f"cyclonedx-json={bill}"),
-            SYFT_CHECK_FOR_APP_UPDATE="false",
-            SYFT_FILE_METADATA_SELECTION="none",  # packages; which files are in the image its id says
-        )
-        return bill
+        write_bill(found[variable], bill_of(variable))
+        return bill_of(variable)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for bill in pool.map(write, found):
             print(bill.relative_to(ROOT), flush=True)
+
+
+def write_bill(image: str, bill: Path) -> None:
+    """What an image of the engine holds, by its id or tag, into the file `bill`."""
+    _run(
+        *(tool("syft"), "scan", f"docker:{image}", "--quiet", "--output", f"cyclonedx-json={bill}"),
+        SYFT_CHECK_FOR_APP_UPDATE="false",
+        SYFT_FILE_METADATA_SELECTION="none",  # packages; which files are in the image its id says
+    )
 
 
 def sign(key: str) -> None:

@@ -8,6 +8,7 @@ shows.
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -87,9 +88,10 @@ def order_form(html: str) -> Form | None:
 class Visitor:
     """A person with a browser at `url`."""
 
-    def __init__(self, url: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, *, timeout: float = 30.0, tls: ssl.SSLContext | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        verify = True if tls is None else tls
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=verify)
 
     def __enter__(self) -> Self:
         return self

@@ -47,7 +47,7 @@ from .aws.issuer import OidcIssuer, TokenFile
 from .control import Control, Request
 from .errors import ProgramMissing, StackError, explain_os_error
 from .events import Steps
-from .functions import Package, for_this_machine
+from .functions import Package, kept
 from .logfile import LogFile, log_line
 from .logins import owner_secret, secret, set_passwords
 from .logview import is_audit, parse_line
@@ -301,7 +301,7 @@ class Stack:
 
     async def _package(self) -> Package:
         with self._steps.step("rotation function's package"):
-            return await asyncio.to_thread(for_this_machine, self.options.tools_dir / "packages")
+            return await asyncio.to_thread(kept, self.options.tools_dir / "packages")
 
     def _postgres_server(self) -> PostgresServer:
         return PostgresServer(

@@ -67,6 +67,19 @@ class Stack:
         found = self._describe() or {}
         return {each["OutputKey"]: each["OutputValue"] for each in found.get("Outputs", [])}
 
+    def parameters(self) -> dict[str, str]:
+        """The parameters that it was last deployed with, empty when there is no such stack."""
+        found = self._describe() or {}
+        return {each["ParameterKey"]: each["ParameterValue"] for each in found.get("Parameters", [])}
+
+    def resources(self, kind: str) -> list[str]:
+        """What identifies each resource of a kind (``AWS::S3::Bucket``); none when there is no stack."""
+        if self._describe() is None:
+            return []
+        found = self._client.describe_stack_resources(StackName=self.name)["StackResources"]
+        there = [each for each in found if each["ResourceType"] == kind]
+        return [each["PhysicalResourceId"] for each in there if each["ResourceStatus"] != "DELETE_COMPLETE"]
+
     def deploy(
         self, template: Path, parameters: Mapping[str, str], tags: Mapping[str, str]
     ) -> dict[str, str]:

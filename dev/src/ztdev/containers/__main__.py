@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ztdev.aws.environment import ensure_environment
 from ztdev.errors import StackError
-from ztdev.functions import for_this_machine
+from ztdev.functions import kept
 from ztdev.options import DATABASE_SERVICES
 from ztdev.state import default_tools_directory
 
@@ -67,7 +67,7 @@ def _make_tools() -> None:
     """While the image is built: what needs the package index."""
     tools = default_tools_directory()
     asyncio.run(ensure_environment(tools / "aws-env", print))
-    print(for_this_machine(tools / "packages").file)
+    print(kept(tools / "packages").file)
 
 
 async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:

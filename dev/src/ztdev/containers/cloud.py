@@ -22,7 +22,7 @@ import psycopg
 from ztdev.aws.cloud import DatabaseAddress, LocalCloud, RotationFunction
 from ztdev.aws.issuer import Issuer
 from ztdev.control import Control, Request, ask
-from ztdev.functions import for_this_machine
+from ztdev.functions import kept
 from ztdev.logins import set_passwords
 from ztdev.options import DATABASE_SERVICES, TRUST_DOMAIN
 from ztdev.postgres import Administration
@@ -59,7 +59,7 @@ async def run() -> None:
     """Serve until cancelled."""
     _mark(ready=False)
     database = Administration(Path("/var/run/postgresql"), 5432, DATABASE / "administrator" / "password")
-    package = await asyncio.to_thread(for_this_machine, default_tools_directory() / "packages")
+    package = await asyncio.to_thread(kept, default_tools_directory() / "packages")
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         issuer, trust_domain = _issuer()

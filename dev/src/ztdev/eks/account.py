@@ -1,4 +1,4 @@
-"""k8s/overlays/eks with the values of an account: `python -m ztdev.kubernetes.account`.
+"""k8s/overlays/eks with the values of an account.
 
 Out of the outputs of the stacks of platform.yaml and workload.yaml and the images in the registry, it makes a
 kustomization that puts these over the examples of the overlay.
@@ -6,27 +6,15 @@ kustomization that puts these over the examples of the overlay.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import boto3
 import yaml
-from botocore.exceptions import BotoCoreError, ClientError
 
-from ztdev.aws.stacks import Stack
-from ztdev.errors import StackError
-
-from .kubectl import ROOT
-
-if TYPE_CHECKING:
-    from mypy_boto3_ecr import ECRClient
-
-OVERLAY = ROOT / "k8s" / "overlays" / "eks"
+from .settings import OVERLAY
 
 #: The images that run, by the name that the manifests give them; and their repositories, after the prefix.
 IMAGES = {
@@ -40,10 +28,6 @@ IMAGES = {
     "registry.k8s.io/sig-storage/csi-node-driver-registrar": "csi-node-driver-registrar",
     "zt-demo/dev": "administration",
 }
-
-
-class Missing(StackError):
-    """Something that the manifests need is not there yet. The text says what, and what makes it."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +64,14 @@ _DATABASES_ADDRESSES = [
 
 @dataclass(frozen=True)
 class Account:
-    """What an account has: outputs of its stacks, `digests` of the repositories in `IMAGES`, its `region`."""
+    """What an account has: outputs of its stacks, `digests` of the repositories in `IMAGES`, its `region`;
+    and the `overlay` that this is put over."""
 
     platform: Mapping[str, str]
     workload: Mapping[str, str]
     digests: Mapping[str, str]
     region: str
+    overlay: Path = OVERLAY
 
     def services(self, folder: Path, page: str) -> dict[str, Any]:
         """The kustomization of overlays/eks for `folder`; `page` is the name that people know the page by."""
@@ -102,7 +88,7 @@ class Account:
             _merged("images", "zt-admission", sources) | {"options": {"disableNameSuffixHash": True}},
             *(_merged(name, "zt-demo", values) for name, values in settings.items()),
         ]
-        return self._over(OVERLAY, folder, generators, _ADDRESSES)
+        return self._over(self.overlay, folder, generators, _ADDRESSES)
 
     def databases(self, folder: Path) -> dict[str, Any]:
         """The kustomization for `folder` of the job that makes the databases' roles."""
@@ -112,7 +98,7 @@ class Account:
             "ORDERS_ADMINISTRATOR_SECRET": self.platform["OrdersAdministratorSecretArn"],
             "PAYMENTS_ADMINISTRATOR_SECRET": self.platform["PaymentsAdministratorSecretArn"],
         }
-        overlay = OVERLAY.with_name("eks-databases")
+        overlay = self.overlay.with_name("eks-databases")
         generators = [_merged("databases-settings", _DATABASES, settings)]
         return self._over(overlay, folder, generators, _DATABASES_ADDRESSES)
 
@@ -150,76 +136,7 @@ def _merged(name: str, namespace: str, values: Mapping[str, str]) -> dict[str, A
     return {"name": name, "namespace": namespace, "behavior": "merge", "literals": literals}
 
 
-def newest(client: ECRClient, prefix: str) -> dict[str, str]:
-    """The digest of the image that was pushed last into each repository of `IMAGES`.
-
-    Raises:
-        Missing: a repository is not there, or is empty.
-    """
-    found, empty = {}, []
-    for repository in IMAGES.values():
-        pages = client.get_paginator("describe_images").paginate(repositoryName=f"{prefix}/{repository}")
-        try:
-            images = [image for page in pages for image in page["imageDetails"] if image.get("imageTags")]
-        except client.exceptions.RepositoryNotFoundException:
-            images = []
-        if images:
-            found[repository] = max(images, key=lambda image: image["imagePushedAt"])["imageDigest"]
-        else:
-            empty.append(f"{prefix}/{repository}")
-    if empty:
-        raise Missing(f"No image with a tag is in {', '.join(empty)}: push it there first.")
-    return found
-
-
-def outputs(client: Any, name: str, template: str) -> dict[str, str]:
-    """The outputs of a stack that has been made. Raises `Missing` when it has not."""
-    found = Stack(client, name).outputs()
-    if not found:
-        raise Missing(f"There is no stack {name} here: deploy infra/{template} under that name first.")
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the kustomization, and say how it is applied."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ztdev.kubernetes.account", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--page", required=True, help="the name that people know the page by: page.example")
-    parser.add_argument("--region", help="default: the one of AWS's configuration")
-    parser.add_argument("--prefix", default="zt-demo", help="NamePrefix of the stacks (default: %(default)s)")
-    parser.add_argument("--platform", help="name of the stack of platform.yaml (default: PREFIX-platform)")
-    parser.add_argument("--workload", help="name of the stack of workload.yaml (default: PREFIX-workload)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "eks", help="default: build/eks")
-    given = parser.parse_args(arguments)
-    try:
-        session = boto3.Session(region_name=given.region)
-        stacks = session.client("cloudformation")
-        account = Account(
-            outputs(stacks, given.platform or f"{given.prefix}-platform", "platform.yaml"),
-            outputs(stacks, given.workload or f"{given.prefix}-workload", "workload.yaml"),
-            newest(session.client("ecr"), given.prefix),
-            session.region_name,
-        )
-    except (ClientError, BotoCoreError) as error:
-        print(f"AWS says: {error}", file=sys.stderr)
-        return 1
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_status)
-    folder: Path = given.folder
-    _write(folder, account.services(folder, given.page))
-    if "DatabasesRoleArn" in account.workload:
-        _write(folder / "databases", account.databases(folder / "databases"))
-    return 0
-
-
-def _write(folder: Path, written: Mapping[str, Any]) -> None:
+def write(folder: Path, kustomization: Mapping[str, Any]) -> None:
+    """Write it into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(dict(written), sort_keys=False))
-    render = f"kubectl kustomize --load-restrictor LoadRestrictionsNone {folder}"
-    print(f"{render} | kubectl apply --server-side --filename -")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(dict(kustomization), sort_keys=False))

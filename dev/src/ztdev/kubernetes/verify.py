@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from ztdev.console import make_console
 from ztdev.errors import StackError
 from ztdev.inside import CALL_PAYMENTS, CONNECT, READ_SECRETS
 
@@ -246,25 +246,36 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args()
-    console = Console(stderr=arguments.json)
+    console = make_console(stderr=arguments.json)
     try:
         console.print(f"The cluster at {cluster()}:")
-        findings = []
         with console.status("") as status:
-            for control in CONTROLS:
-                status.update(control.name)
-                findings.append(control.finding())
+            findings = look(status.update)
     except StackError as error:
         print(error, file=sys.stderr)
         return int(error.exit_status)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    table = Table("pillar", "control", "", "seen")
+    console.print(table(findings))
+    return int(any(finding.outcome != "enforced" for finding in findings))
+
+
+def look(say: Callable[[str], None]) -> list[Finding]:
+    """What was seen of each control; `say` is told which is looked at."""
+    findings = []
+    for control in CONTROLS:
+        say(control.name)
+        findings.append(control.finding())
+    return findings
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """For people."""
+    shown = Table("pillar", "control", "", "seen")
     for finding in findings:
         colour = _COLOURS[finding.outcome]
-        table.add_row(finding.pillar, finding.control, f"[{colour}]{finding.outcome}[/]", finding.seen)
-    console.print(table)
-    return int(any(finding.outcome != "enforced" for finding in findings))
+        shown.add_row(finding.pillar, finding.control, f"[{colour}]{finding.outcome}[/]", finding.seen)
+    return shown
 
 
 if __name__ == "__main__":

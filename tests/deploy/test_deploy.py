@@ -1,0 +1,294 @@
+"""`make deploy` and `make undeploy` from one end to the other: it fails at every step, and each time goes on
+from there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.k8s import cluster as local
+from tests.k8s.test_rotation import spire_server
+from ztdev.eks import __main__ as eks
+from ztdev.eks import cluster, deploy, undeploy
+from ztdev.eks.settings import BUILD
+from ztdev.images import tool
+from ztdev.inside import READ_SECRETS
+from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, python, read, refusal, run
+from ztdev.shop import Visitor
+
+from .conftest import REGISTRY, Database, EmptyCloud, Registries
+from .edge import Edge
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+
+OVERLAY = Path(__file__).parent / "overlays" / "eks"
+
+#: Where SPIRE's server keeps what it must not forget: on EKS a volume of its own.
+VOLUME = Path("/var/tmp/zt-demo-spire")
+
+
+@dataclass
+class Person:
+    """Somebody who types the commands."""
+
+    edge: Edge
+    database: Database
+    capsys: pytest.CaptureFixture[str]
+    kubeconfig: str
+    said: str = ""
+
+    async def types(self, *arguments: str) -> int:
+        """The exit status; what was said is in `said`."""
+        self.capsys.readouterr()
+        status = await asyncio.to_thread(eks.main, arguments)
+        told = self.capsys.readouterr()
+        self.said = told.out + told.err
+        return status
+
+    async def deploys(self, **instead: str) -> int:
+        """`make deploy`, with options for what is not EKS's here."""
+        options = {
+            "region": "eu-central-1",
+            "api-cidrs": "198.51.100.7/32",
+            "kubeconfig": self.kubeconfig,
+            "database-ca": str(self.database.ca_file),
+            "overlay": str(OVERLAY),
+        }
+        given = options | {name.replace("_", "-"): value for name, value in instead.items()}
+        flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+        return await self.types("deploy", "--yes", *flags)
+
+    async def undeploys(self) -> int:
+        """`make undeploy`."""
+        where = ("--region", "eu-central-1", "--kubeconfig", self.kubeconfig)
+        return await self.types("undeploy", "--yes", *where)
+
+
+@pytest.fixture
+def person(
+    edge: Edge,
+    cloud: EmptyCloud,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Person:
+    """Has credentials of the account."""
+    for name, value in cloud.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("KUBECONFIG", os.environ["KUBECONFIG"])  # what the command sets goes away again
+    monkeypatch.setattr(eks, "boto3", SimpleNamespace(Session=edge.session))
+    monkeypatch.setattr(deploy, "EVERY", 0.05)
+    monkeypatch.setattr(undeploy, "EVERY", 0.2)
+    return Person(edge, database, capsys, os.environ["KUBECONFIG"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images() -> None:
+    """On the engine. Those of the CSI driver do not run here, and are only brought to the registry."""
+    run("docker", "compose", "build", "--quiet", timeout=1200)
+    run(
+        *("docker", "build", "--quiet", "--file", "tests/k8s/controller-manager.Dockerfile"),
+        *("--tag", local.CONTROLLER_MANAGER, ".tools/spire-controller-manager"),
+    )
+    for name in (
+        "ghcr.io/spiffe/spiffe-csi-driver:0.2.7",
+        "registry.k8s.io/sig-storage/csi-node-driver-registrar:v2.13.0",
+    ):
+        run("docker", "tag", local.CONTROLLER_MANAGER, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def volume() -> Iterator[None]:
+    """A volume for SPIRE's server, as the class `spire` makes one."""
+    VOLUME.mkdir(exist_ok=True)
+    VOLUME.chmod(0o777)
+    made = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": "spire"},
+        "spec": {
+            "capacity": {"storage": "10Gi"},
+            "accessModes": ["ReadWriteOnce"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "storageClassName": "spire",
+            "hostPath": {"path": str(VOLUME)},
+        },
+    }
+    apply(made)
+    yield
+    kubectl("delete", "persistentvolume", "spire", "--wait=false")
+
+
+# -- a failure at each step ------------------------------------------------------------------------------
+
+
+@contextmanager
+def given(**instead: str) -> Iterator[dict[str, str]]:
+    """Another option."""
+    yield instead
+
+
+@contextmanager
+def refused(person: Person, operation: str, asked: str = "") -> Iterator[dict[str, str]]:
+    """AWS refuses an operation, where `asked` is in what is asked."""
+    person.edge.refuse[operation] = asked
+    yield {}
+    del person.edge.refuse[operation]
+
+
+@contextmanager
+def no_registry(registries: Registries) -> Iterator[dict[str, str]]:
+    """Nobody answers at the registry."""
+    registries.stop()
+    yield {}
+    registries.start()
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, job: str) -> Iterator[dict[str, str]]:
+    """Ctrl-C, while a job is waited for."""
+    wait = cluster.completed
+
+    def completed(namespace: str, name: str, say: Callable[[str], None]) -> None:
+        if name == job:
+            raise KeyboardInterrupt
+        wait(namespace, name, say)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "completed", completed)
+        yield {}
+
+
+@contextmanager
+def everybody_to_everybody() -> Iterator[dict[str, str]]:
+    """Somebody has made a policy that lets everything through."""
+    metadata = {"name": "everything", "namespace": "zt-demo"}
+    spec = {"podSelector": {}, "ingress": [{}], "egress": [{}], "policyTypes": ["Ingress", "Egress"]}
+    apply({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec})
+    yield {}
+    kubectl("--namespace", "zt-demo", "delete", "networkpolicy", "everything")
+
+
+async def test_it_goes_on_where_it_failed(
+    person: Person,
+    registries: Registries,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    nowhere = tmp_path / "kubeconfig"
+    nowhere.write_text("")
+    change = "cloudformation.CreateChangeSet"
+    failures: list[tuple[str, Any, int, str]] = [
+        ("preflight", refused(person, "sts.GetCallerIdentity"), 1, "AWS does not take the credentials"),
+        ("platform", refused(person, change), 1, "platform.yaml is refused"),
+        ("roles and secrets", refused(person, change, "zt-demo-workload"), 1, "workload.yaml is refused"),
+        ("images", no_registry(registries), 1, "docker login"),
+        ("the way into the cluster", given(kubeconfig=str(nowhere)), 1, "does not answer"),
+        ("SPIRE, network policies, admission", given(database_ca="/nowhere/ca.pem"), 1, "/nowhere/ca.pem"),
+        ("roles of the databases", interrupted(monkeypatch, "databases"), 130, "run the same again"),
+        ("rotation", refused(person, "s3.PutObject"), 1, "AccessDenied"),
+        ("services", interrupted(monkeypatch, "orders-migrate"), 130, "run the same again"),
+        ("verify", everybody_to_everybody(), 1, "network policies are obeyed"),
+    ]
+    for step, failure, status, why in failures:
+        with failure as instead:
+            assert await person.deploys(**instead) == status, person.said
+        assert f"✗ {step}" in person.said, person.said
+        assert why in person.said
+    before = generations(), registries.files()
+    assert await person.deploys() == 0, person.said
+    assert "controls are enforced" in person.said
+    # Nothing but what somebody else had changed was left to do.
+    assert (generations(), registries.files()) == before
+    assert person.said.count("nothing to change") == 2
+    assert "pushing" not in person.said
+    assert "signing" not in person.said
+
+
+def generations() -> dict[str, int]:
+    """What runs, and how often it was changed."""
+    found = read("deployments,statefulsets,daemonsets", "--all-namespaces")["items"]
+    return {each["metadata"]["uid"]: each["metadata"]["generation"] for each in found}
+
+
+# -- afterwards ------------------------------------------------------------------------------------------
+
+
+async def test_an_order_is_paid(person: Person) -> None:
+    """Over TLS, with a certificate of frontend's identity, which no browser knows."""
+    bundle = json.loads(spire_server("bundle", "show", "-format", "spiffe"))
+    authority = base64.b64decode(bundle["keys"][0]["x5c"][0])
+    tls = ssl.create_default_context(cadata=authority)
+    tls.check_hostname = False
+    with local.page("https") as url, Visitor(url, tls=tls) as visitor:
+        document = await asyncio.to_thread(visitor.order)
+    assert document["order"]["status"] == "paid"
+
+
+async def test_nobody_is_left_who_may_read_every_login(cloud: EmptyCloud) -> None:
+    roles = cloud.admin_client("iam").list_roles()["Roles"]
+    names = {each["RoleName"] for each in roles}
+    assert {"zt-demo-orders", "zt-demo-rotate-orders"} <= names
+    assert "zt-demo-databases" not in names
+    assert "NotFound" in refusal("get", "namespace", cluster.DATABASES)
+    for service in ("orders", "payments"):
+        read_by = [f"zt-demo/{name}/db" for name in ("orders", "payments")]
+        own = read_by.index(f"zt-demo/{service}/db")
+        seen = python("zt-demo", f"deployment/{service}", READ_SECRETS, read_by)
+        assert [each == "read" for each in seen] == [number == own for number in range(2)]
+
+
+async def test_every_image_is_ours_signed_and_attested(person: Person, tmp_path: Path) -> None:
+    """By the platform's key; by another's it is not."""
+    namespaces = (cluster.NAMESPACE, cluster.SPIRE)
+    pods = [pod for each in namespaces for pod in read("pods", "--namespace", each)["items"]]
+    running = {each["image"] for pod in pods for each in pod["spec"]["containers"]}
+    assert len(running) == 6
+    run(tool("cosign"), "generate-key-pair", "--output-key-prefix", str(tmp_path / "other"))
+    for image in running:
+        assert image.startswith(f"{REGISTRY}/zt-demo/")
+        for command in (("verify",), ("verify-attestation", "--type", "cyclonedx")):
+            check = (tool("cosign"), *command, "--insecure-ignore-tlog=true", "--key")
+            run(*check, str(BUILD / "images.pub"), image)
+            with pytest.raises(ClusterFault, match=r"signature|verif"):
+                run(*check, str(tmp_path / "other.pub"), image)
+
+
+# -- away again ------------------------------------------------------------------------------------------
+
+
+async def test_what_still_costs_is_named(
+    person: Person, cloud: EmptyCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of the cluster that nobody has taken away."""
+    monkeypatch.setattr(undeploy, "WITHIN", 2.0)
+    monkeypatch.setattr(person.edge, "volumes", ["vol-0123"])
+    assert await person.undeploys() == 1
+    assert "volume/vol-0123" in person.said
+    assert "security-group" not in person.said
+
+
+async def test_all_of_it_goes_away(person: Person, cloud: EmptyCloud) -> None:
+    assert await person.undeploys() == 0, person.said
+    assert "Nothing is left that costs" in person.said
+    for namespace in (cluster.NAMESPACE, cluster.SPIRE):
+        assert "NotFound" in refusal("get", "namespace", namespace)
+    secrets = cloud.admin_client("secretsmanager").list_secrets()["SecretList"]
+    assert not [each for each in secrets if each["Name"].startswith("zt-demo/")]
+    assert not [
+        each
+        for each in cloud.admin_client("cloudformation").describe_stacks()["Stacks"]
+        if each["StackStatus"] != "DELETE_COMPLETE"
+    ]
+    assert {"s3.DeleteObjects", "resourcegroupstaggingapi.GetResources"} <= set(person.edge.asked)
