@@ -49,6 +49,8 @@ class Edge:
         refuse: operation (``ecr.DescribeImages``) that is refused, to what has to be asked of it for that.
         outputs: what the platform's outputs are instead, since a part of it is elsewhere.
         asked: the operations that were answered here.
+        made_by: of each stack, the role that CloudFormation was told to act as.
+        called: all of them, as IAM calls the permission for each.
         volumes: ids of volumes that are still there.
     """
 
@@ -56,6 +58,8 @@ class Edge:
         self.refuse: dict[str, str] = {}
         self.outputs: dict[str, str] = {}
         self.asked: list[str] = []
+        self.called: set[str] = set()
+        self.made_by: dict[str, str | None] = {}
         self.volumes: list[str] = []
         self._registry = registry
         self._answers: dict[str, Answer] = {
@@ -81,11 +85,13 @@ class Edge:
         context["asked"] = params
 
     def _leave_out(self, params: dict[str, Any], **_: Any) -> None:
+        self.made_by[params["StackName"]] = params.get("RoleARN")
         template = yaml.load(params["TemplateBody"], Loader)
         params["TemplateBody"] = json.dumps(known(template))
 
     def _answer(self, model: Any, context: Mapping[str, Any], **_: Any) -> Any:
         operation = f"{model.service_model.service_name}.{model.name}"
+        self.called |= _PERMISSIONS.get(operation, {_permission(operation)})
         if operation in self.refuse and self.refuse[operation] in str(context["asked"]):
             return _error("AccessDenied", "not authorized to do this")
         answer = self._answers.get(operation)
@@ -146,6 +152,20 @@ class Edge:
 def _error(code: str, message: str) -> Any:
     told = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 400}}
     return AWSResponse("", 400, {}, None), told
+
+
+#: Where an operation's permission has another name; for who one is, none is needed.
+_PERMISSIONS = {
+    "s3.DeleteObjects": {"s3:DeleteObject", "s3:DeleteObjectVersion"},
+    "s3.ListObjectVersions": {"s3:ListBucketVersions"},
+    "sts.GetCallerIdentity": set[str](),
+}
+_SERVICES = {"resourcegroupstaggingapi": "tag", "service-quotas": "servicequotas"}
+
+
+def _permission(operation: str) -> str:
+    service, _, name = operation.partition(".")
+    return f"{_SERVICES.get(service, service)}:{name}"
 
 
 def _login(_: Edge, __: Mapping[str, Any]) -> dict[str, Any]:

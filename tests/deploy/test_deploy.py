@@ -19,9 +19,11 @@ import pytest
 
 from tests.k8s import cluster as local
 from tests.k8s.test_rotation import spire_server
+from tests.unit.test_deployer_template import allowed
+from ztdev.aws.stacks import Stack
 from ztdev.eks import __main__ as eks
 from ztdev.eks import cluster, deploy, undeploy
-from ztdev.eks.settings import BUILD
+from ztdev.eks.settings import BUILD, ROOT
 from ztdev.images import tool
 from ztdev.inside import READ_SECRETS
 from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, python, read, refusal, run
@@ -128,6 +130,13 @@ def volume() -> Iterator[None]:
     apply(made)
     yield
     kubectl("delete", "persistentvolume", "spire", "--wait=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deployer(cloud: EmptyCloud) -> dict[str, str]:
+    """Stacks are made by a role of their own: its outputs."""
+    stack = Stack(cloud.admin_client("cloudformation"), "zt-demo-deployer", every=0.05)
+    return stack.deploy(ROOT / "infra" / "deployer.yaml", {}, {})
 
 
 # -- a failure at each step ------------------------------------------------------------------------------
@@ -249,6 +258,18 @@ async def test_nobody_is_left_who_may_read_every_login(cloud: EmptyCloud) -> Non
         assert [each == "read" for each in seen] == [number == own for number in range(2)]
 
 
+async def test_stacks_are_made_by_their_role_and_with_the_boundary(
+    edge: Edge, cloud: EmptyCloud, deployer: dict[str, str]
+) -> None:
+    assert edge.made_by == dict.fromkeys(
+        ("zt-demo-platform", "zt-demo-workload"), deployer["CloudFormationRoleArn"]
+    )
+    for name in edge.made_by:
+        (stack,) = cloud.admin_client("cloudformation").describe_stacks(StackName=name)["Stacks"]
+        given = {each["ParameterKey"]: each["ParameterValue"] for each in stack["Parameters"]}
+        assert given["RoleBoundaryArn"] == deployer["BoundaryArn"]
+
+
 async def test_every_image_is_ours_signed_and_attested(person: Person, tmp_path: Path) -> None:
     """By the platform's key; by another's it is not."""
     namespaces = (cluster.NAMESPACE, cluster.SPIRE)
@@ -289,6 +310,35 @@ async def test_all_of_it_goes_away(person: Person, cloud: EmptyCloud) -> None:
     assert not [
         each
         for each in cloud.admin_client("cloudformation").describe_stacks()["Stacks"]
-        if each["StackStatus"] != "DELETE_COMPLETE"
+        if each["StackStatus"] != "DELETE_COMPLETE" and each["StackName"] != "zt-demo-deployer"
     ]
     assert {"s3.DeleteObjects", "resourcegroupstaggingapi.GetResources"} <= set(person.edge.asked)
+
+
+async def test_who_deploys_may_do_what_it_takes_and_nothing_else(edge: Edge) -> None:
+    """What was asked of AWS, all in all, is what the policy of deployer.yaml allows."""
+    allows = {action for action, _ in allowed("DeployerPolicy")}
+    assert edge.called - allows == set()
+    assert allows - edge.called == {
+        "cloudformation:DeleteChangeSet",  # of a stack without changes, which the local AWS has none of
+        "eks:DescribeCluster",  # here the cluster is reached by another way
+        "iam:PassRole",
+        # The Docker engine and cosign ask these.
+        *(f"ecr:{name}" for name in _OF_THE_ENGINE),
+        "kms:GetPublicKey",
+        "kms:Sign",
+        # Of what is left of a deployment; nothing was.
+        "kms:DescribeKey",
+        "secretsmanager:DescribeSecret",
+    }
+
+
+_OF_THE_ENGINE = (
+    "BatchCheckLayerAvailability",
+    "BatchGetImage",
+    "CompleteLayerUpload",
+    "GetDownloadUrlForLayer",
+    "InitiateLayerUpload",
+    "PutImage",
+    "UploadLayerPart",
+)

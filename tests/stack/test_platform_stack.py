@@ -107,6 +107,11 @@ async def test_the_door_is_made_on_it(cloud: LocalCloud, tmp_path: Path, made: d
     assert set(outputs) == {"TargetsArn", "Host"}
 
 
+async def test_who_deploys_is_made(cloud: LocalCloud, tmp_path: Path) -> None:
+    outputs = await deploy(cloud, "zt-demo-deployer", read_template(INFRA / "deployer.yaml"), tmp_path)
+    assert set(outputs) == {"BoundaryArn", "CloudFormationRoleArn", "DeployerPolicyArn"}
+
+
 @pytest.mark.parametrize("kind", sorted(UNKNOWN))
 async def test_what_is_left_out_is_what_the_stand_in_does_not_know(
     cloud: LocalCloud, tmp_path: Path, kind: str

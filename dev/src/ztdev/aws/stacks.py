@@ -14,7 +14,6 @@ from ztdev.errors import StackError
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
-    from mypy_boto3_cloudformation.literals import ChangeSetTypeType
 
 #: Is called with a line for each thing that happens.
 Say = Callable[[str], None]
@@ -81,12 +80,13 @@ class Stack:
         return [each["PhysicalResourceId"] for each in there if each["ResourceStatus"] != "DELETE_COMPLETE"]
 
     def deploy(
-        self, template: Path, parameters: Mapping[str, str], tags: Mapping[str, str]
+        self, template: Path, parameters: Mapping[str, str], tags: Mapping[str, str], role: str | None = None
     ) -> dict[str, str]:
         """Make the stack, or bring it to what `template` and `parameters` say, and return its outputs.
 
         What somebody else has begun is waited for; a stack that was never made is cleared away first; one
-        that is what it should be is left alone.
+        that is what it should be is left alone. CloudFormation acts as `role` (ARN) from then on, to delete
+        the stack, too; None: as whoever asks, or as it did before.
 
         Raises:
             StackFailed: it did not get there. Rolled back, it is what it was before.
@@ -99,20 +99,22 @@ class Stack:
         if status in _STILLBORN:
             self._say(f"{self.name}: clearing away what was never made")
             self.delete()
-        kind: ChangeSetTypeType = "UPDATE" if status in _UPDATABLE else "CREATE"
         change = f"deploy-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
+        asked: dict[str, Any] = {
+            "StackName": self.name,
+            "ChangeSetName": change,
+            "ChangeSetType": "UPDATE" if status in _UPDATABLE else "CREATE",
+            "TemplateBody": text,
+            "Parameters": [
+                {"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()
+            ],
+            "Capabilities": ["CAPABILITY_NAMED_IAM"],
+            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+        }
+        if role is not None:
+            asked["RoleARN"] = role
         try:
-            self._client.create_change_set(
-                StackName=self.name,
-                ChangeSetName=change,
-                ChangeSetType=kind,
-                TemplateBody=text,
-                Parameters=[
-                    {"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()
-                ],
-                Capabilities=["CAPABILITY_NAMED_IAM"],
-                Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
-            )
+            self._client.create_change_set(**asked)
             if not self._has_changes(change):
                 self._say(f"{self.name}: nothing to change")
                 return self.outputs()

@@ -62,6 +62,8 @@ class Deployment:
         self._ready = ready
         self._steps = steps
         self._cloudformation: CloudFormationClient = session.client("cloudformation")
+        #: By whom stacks are made, if that is laid down (infra/deployer.yaml).
+        self._deployer = self._stack("deployer").outputs()
         self._platform: Mapping[str, str] = {}
         self._workload: Mapping[str, str] = {}
         self._digests: Mapping[str, str] = {}
@@ -108,7 +110,7 @@ class Deployment:
             "ApiCidrs": self._ready.api_cidrs,
             "Architecture": architecture,
         }
-        self._platform = self._stack("platform").deploy(ROOT / "infra" / "platform.yaml", parameters, TAGS)
+        self._platform = self._deploy("platform", parameters)
         return f"cluster {self._platform['ClusterName']}"
 
     def secrets(self) -> str:
@@ -123,7 +125,7 @@ class Deployment:
             "PaymentsAdministratorSecretArn",
             "AdministratorKeyArn",
         )
-        self._workload = self._deploy_workload(stack, {name: self._platform[name] for name in administrators})
+        self._workload = self._deploy_workload({name: self._platform[name] for name in administrators})
         return "made"
 
     def images(self) -> str:
@@ -175,7 +177,6 @@ class Deployment:
         bucket = self._platform["PackagesBucket"]
         self._session.client("s3").put_object(Bucket=bucket, Key=made.file.name, Body=made.file.read_bytes())
         self._workload = self._deploy_workload(
-            self._stack("workload"),
             {
                 "RotationPackageBucket": bucket,
                 "RotationPackageKey": made.file.name,
@@ -201,13 +202,16 @@ class Deployment:
     def _stack(self, part: str) -> Stack:
         return Stack(self._cloudformation, stack_name(part), self._say, every=EVERY)
 
-    def _deploy_workload(self, stack: Stack, parameters: Mapping[str, str]) -> Mapping[str, str]:
-        always = {
-            name: self._platform[name]
-            for name in ("OidcIssuerHost", "OrdersDatabaseHost", "PaymentsDatabaseHost")
-        }
-        given = {"NamePrefix": PREFIX, **always, **parameters}
-        return stack.deploy(ROOT / "infra" / "workload.yaml", given, TAGS)
+    def _deploy_workload(self, parameters: Mapping[str, str]) -> Mapping[str, str]:
+        of_platform = ("OidcIssuerHost", "OrdersDatabaseHost", "PaymentsDatabaseHost")
+        always = {name: self._platform[name] for name in of_platform}
+        return self._deploy("workload", {"NamePrefix": PREFIX, **always, **parameters})
+
+    def _deploy(self, part: str, parameters: Mapping[str, str]) -> Mapping[str, str]:
+        if self._deployer:
+            parameters = {**parameters, "RoleBoundaryArn": self._deployer["BoundaryArn"]}
+        role = self._deployer.get("CloudFormationRoleArn")
+        return self._stack(part).deploy(ROOT / "infra" / f"{part}.yaml", parameters, TAGS, role)
 
     def _write_manifests(self) -> None:
         values = account.Account(

@@ -30,7 +30,7 @@ PLATFORM_DEFAULTS = {
 }
 
 #: Parameters of platform.yaml that have an option of their own, or that this program fills in.
-TAKEN = {"NamePrefix", "AdministratorArn", "ApiCidrs", "Architecture"}
+TAKEN = {"NamePrefix", "AdministratorArn", "ApiCidrs", "Architecture", "RoleBoundaryArn"}
 
 #: What EKS calls an architecture that the Docker engine calls otherwise, and what Lambda calls it.
 ARCHITECTURES = {"arm64": ("arm64", "arm64"), "amd64": ("x86-64", "x86_64")}
