@@ -9,8 +9,9 @@ import pytest
 
 from tests.k8s.cluster import pods_of
 from tests.waiting import until
-from ztdev.inside import CONNECT
+from ztdev.inside import CONNECT, RESOLVE
 from ztdev.kubernetes.kubectl import apply, kubectl, python, read
+from ztdev.kubernetes.pods import running, waiting
 
 #: Where each listens, by the name that pods call it by.
 LISTENS = {
@@ -62,6 +63,21 @@ def test_each_service_reaches_those_it_has_business_with_and_nobody_else(service
     others = [name for name in LISTENS if name != service]
     outcomes = dict(zip(others, reached(service, *(LISTENS[name] for name in others)), strict=True))
     assert outcomes == {name: name in MUST[service] for name in others}
+
+
+def test_nobody_of_a_name_of_his_own_asks_a_name_server() -> None:
+    """Whoever may ask one has a way out of the cluster in his questions, where it passes them on."""
+    asked = ["payments.zt-demo", "a-word-of-a-secret.attacker.example"]
+
+    def answered(pod: str) -> bool:
+        return "unanswered" not in python("zt-demo", pod, RESOLVE, asked[:1])
+
+    assert answered("deployment/orders")
+    with running(waiting("asks", account="asks", label="asks")) as pod:
+        with without_policies():
+            until(lambda: answered(pod), 30, "without a policy anybody asks")
+        until(lambda: not answered(pod), 30, "with it nobody does")
+        assert python("zt-demo", pod, RESOLVE, asked) == ["unanswered", "unanswered"]
 
 
 def test_a_probes_port_is_for_the_kubelet_alone() -> None:

@@ -30,6 +30,9 @@ UNKNOWN = {
     "AWS::EKS::Addon",
     "AWS::EKS::PodIdentityAssociation",
     "AWS::IAM::OIDCProvider",
+    "AWS::Route53Resolver::FirewallDomainList",
+    "AWS::Route53Resolver::FirewallRuleGroup",
+    "AWS::Route53Resolver::FirewallRuleGroupAssociation",
     "AWS::SecretsManager::RotationSchedule",
     "AWS::WAFv2::WebACLAssociation",
 }

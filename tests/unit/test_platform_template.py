@@ -223,3 +223,18 @@ def test_the_overlay_s_policies_know_where_the_template_puts_things() -> None:
     (cluster,) = of_type("EKS::Cluster").values()
     service = ipaddress.ip_network(cluster["KubernetesNetworkConfig"]["ServiceIpv4Cidr"])
     assert f"{service[1]}/32" in texts
+
+
+def test_names_of_others_are_not_resolved() -> None:
+    """Where there is no way out, questions to name servers would be one."""
+    (rules,) = of_type("Route53Resolver::FirewallRuleGroup").values()
+    allowed, blocked = sorted(rules["FirewallRules"], key=lambda rule: rule["Priority"])
+    assert (allowed["Action"], blocked["Action"], blocked["BlockResponse"]) == ("ALLOW", "BLOCK", "NXDOMAIN")
+    lists = of_type("Route53Resolver::FirewallDomainList")
+    assert lists[blocked["FirewallDomainListId"]["Ref"]]["Domains"] == ["*"]
+    names = [str(each) for each in lists[allowed["FirewallDomainListId"]["Ref"]]["Domains"]]
+    assert "*" not in names
+    assert any("AWS::URLSuffix" in name for name in names)
+    (association,) = of_type("Route53Resolver::FirewallRuleGroupAssociation").values()
+    assert association["VpcId"] == {"Ref": "Network"}
+    assert association["FirewallRuleGroupId"] == {"Ref": "NameRules"}

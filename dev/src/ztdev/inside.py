@@ -22,6 +22,21 @@ with concurrent.futures.ThreadPoolExecutor(32) as pool:
     print(json.dumps(list(pool.map(outcome, map(tuple, json.load(sys.stdin))))))
 """
 
+#: Asks for the address of every name that standard input lists, and says of each ``known``; ``unknown`` when
+#: a name server says so; ``unanswered`` when none answers.
+RESOLVE = """
+import concurrent.futures, json, os, socket, sys
+os.environ["RES_OPTIONS"] = "timeout:2 attempts:1"
+def outcome(name):
+    try:
+        socket.getaddrinfo(name, None)
+    except socket.gaierror as error:
+        return "unknown" if error.errno == socket.EAI_NONAME else "unanswered"
+    return "known"
+with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    print(json.dumps(list(pool.map(outcome, json.load(sys.stdin)))))
+"""
+
 #: Asks for an identity until it has one, and makes the calls of payments that standard input lists (pairs of
 #: method and path); or tells that there is no identity to be had. `id` is ours, `answers` holds status and
 #: reason of each.

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from ztdev.console import make_console
 from ztdev.errors import StackError
-from ztdev.inside import CALL_PAYMENTS, CONNECT, READ_SECRETS
+from ztdev.inside import CALL_PAYMENTS, CONNECT, READ_SECRETS, RESOLVE
 
-from .kubectl import ClusterFault, kubectl, python, said_of
+from .kubectl import ClusterFault, kubectl, python, read, said_of
 from .pods import NAMESPACE, as_deployed, running, waiting
 
 Outcome = Literal["enforced", "NOT ENFORCED", "NOT PROVED"]
@@ -69,13 +69,28 @@ def refused(is_refused: bool, text: str) -> None:
         raise NotEnforced(text)
 
 
+def address(place: str) -> tuple[str, int]:
+    """Of one of `PLACES`, so that nobody is kept from it by a name server alone."""
+    host, port = PLACES[place]
+    name, _, namespace = host.partition(".")
+    if "." in namespace:
+        return host, port
+    return read("service", name, "--namespace", namespace)["spec"]["clusterIP"], port
+
+
 def reached(target: str, *places: str) -> list[str]:
     """Those of `places` that a pod connects to."""
-    outcomes = python(NAMESPACE, target, CONNECT, [PLACES[place] for place in places])
+    outcomes = python(NAMESPACE, target, CONNECT, [address(place) for place in places])
     return [place for place, outcome in zip(places, outcomes, strict=True) if outcome == "connected"]
 
 
 # -- network ---------------------------------------------------------------------------------------------
+
+
+def resolved(target: str) -> str:
+    """What becomes of a pod's question where payments is."""
+    (outcome,) = python(NAMESPACE, target, RESOLVE, [PLACES["payments"][0]])
+    return str(outcome)
 
 
 def network_policies() -> str:
@@ -88,10 +103,13 @@ def network_policies() -> str:
 
 def a_stranger_reaches_nobody() -> str:
     """A pod that admission lets in, under an account and a name of its own."""
+    rightful(resolved("deployment/orders") == "known", "orders learns no name")
     with running(waiting(ROGUE, account=ROGUE, label=ROGUE)) as pod:
         found = reached(pod, "payments", "orders", "the API server")
+        learns = resolved(pod)
     refused(not found, f"a pod of a stranger connects to {', '.join(found)}")
-    return "a pod of its own name connects to nobody"
+    refused(learns == "unanswered", "a pod of a stranger has its questions answered by a name server")
+    return "a pod of its own name connects to nobody, and no name server answers it"
 
 
 def no_api_server() -> str:
