@@ -107,7 +107,7 @@ deploy-tools: setup .tools/cosign/.built .tools/syft/.built ## Build and fetch b
 	@.venv/bin/python -m ztdev.eks prepare
 
 .PHONY: deploy
-deploy: deploy-tools ## Make everything on EKS, and verify it: asks before it spends; run again, it goes on (ARGS=--help)
+deploy: $(if $(findstring --help,$(ARGS)),setup,deploy-tools) ## Make everything on EKS, and verify it: asks before it spends; run again, it goes on (ARGS=--help)
 	@exec .venv/bin/python -m ztdev.eks deploy $(if $(PAGE),--page "$(PAGE)") $(ARGS)
 
 .PHONY: undeploy

@@ -96,13 +96,15 @@ class Registry:
 
     def _here(self, name: str, repository: str) -> Image:
         source = release(name)
-        inspect = ("docker", "image", "inspect", "--format", "{{.Id}}", source)
+        inspect = ("docker", "image", "inspect", "--format", "{{.Architecture}} {{.Id}}", source)
         try:
-            content = run(*inspect).strip()
-        except StackError:
+            architecture, content = run(*inspect).split()
+        except StackError:  # it is not here
+            architecture = ""
+        if architecture != self._engine:
             self._say(f"pulling {source}")
             run("docker", "pull", "--quiet", "--platform", f"linux/{self._engine}", source, timeout=1800)
-            content = run(*inspect).strip()
+            _, content = run(*inspect).split()
         short = content.partition(":")[2][:12]
         version = source.rpartition(":")[2]
         return Image(source, repository, short if version == "local" else f"{version}-{short}", content)
