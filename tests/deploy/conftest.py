@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -169,7 +168,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
         if each["kind"] == "StatefulSet":
             pod = each["spec"]["template"]["spec"]
             pod["containers"] = [one for one in pod["containers"] if one["name"] == "postgres"]
-            pod["containers"][0]["image"] = load("postgres:17")
+            pod["containers"][0]["image"] = cluster.load("postgres:17")
     secrets = [each for each in cluster.database_secrets() if each["metadata"]["namespace"] == "zt-local"]
     apply(*[each for each in objects if each["kind"] == "Namespace"])
     apply(*secrets, *discovery, *[each for each in objects if each["kind"] != "Namespace"])
@@ -193,11 +192,6 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 
 _DISCOVERY = "zt-local-issuer-discovery"
 _LIKE_RDS = "CREATE ROLE administrator LOGIN CREATEROLE CREATEDB PASSWORD 'administrator'"
-
-
-def load(image: str) -> str:
-    """An image of the engine here, as the cluster calls it."""
-    return run(*os.environ["K8S_LOAD"].split(), image).split()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -127,25 +127,36 @@ def load_images() -> dict[str, str]:
         *("docker", "build", "--quiet", "--file", "tests/k8s/controller-manager.Dockerfile"),
         *("--tag", CONTROLLER_MANAGER, ".tools/spire-controller-manager"),
     )
-    load = shlex.split(os.environ["K8S_LOAD"])
     wanted = (*images().values(), CONTROLLER_MANAGER)
-    return {image.rpartition(":")[0]: run(*load, image).split()[-1] for image in wanted}
+    return {image.rpartition(":")[0]: load(image) for image in wanted}
+
+
+def load(image: str) -> str:
+    """Make the cluster have an image of the engine here: what a pod calls it by, with its digest."""
+    return run(*shlex.split(os.environ["K8S_LOAD"]), image).split()[-1]
 
 
 @contextmanager
-def page(scheme: str = "http") -> Iterator[str]:
-    """The address of the page, as somebody with access to the cluster opens it."""
-    (port,) = choose_free_ports(1)
-    forward = ("kubectl", "--namespace", "zt-demo", "port-forward", "service/frontend", f"{port}:80")
+def forwarded(service: str, port: int) -> Iterator[int]:
+    """The port of this machine by which somebody with access to the cluster reaches a service of ours."""
+    (here,) = choose_free_ports(1)
+    forward = ("kubectl", "--namespace", "zt-demo", "port-forward", f"service/{service}", f"{here}:{port}")
     with subprocess.Popen(forward, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:
             said = process.stdout.readline()
             if not said.startswith("Forwarding"):
                 raise ClusterFault(said + process.stdout.read())
-            yield f"{scheme}://localhost:{port}"
+            yield here
         finally:
             process.terminate()
+
+
+@contextmanager
+def page(scheme: str = "http") -> Iterator[str]:
+    """The address of the page."""
+    with forwarded("frontend", 80) as port:
+        yield f"{scheme}://localhost:{port}"
 
 
 def deploy() -> None:

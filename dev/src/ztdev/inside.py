@@ -72,3 +72,11 @@ def outcome(name):
     return "read"
 print(json.dumps([outcome(name) for name in json.load(sys.stdin)]))
 """
+
+#: A JWT-SVID of whoever runs it, for the audience that standard input names.
+FETCH_JWT_SVID = """
+import json, sys
+from ztmtls.jwt_source import fetch_once
+endpoint = "unix:///spiffe-workload-api/spire-agent.sock"
+print(json.dumps(fetch_once(endpoint, json.load(sys.stdin), timeout=20).token))
+"""
