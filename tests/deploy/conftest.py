@@ -18,7 +18,7 @@ from tests.waiting import until
 from ztdev.aws.cloud import LocalCloud
 from ztdev.aws.issuer import AUDIENCE, Issuer
 from ztdev.eks import preflight
-from ztdev.eks.settings import ARCHITECTURES
+from ztdev.eks.settings import ARCHITECTURES, ROOT
 from ztdev.functions import kept, with_authorities
 from ztdev.kubernetes.kubectl import apply, kubectl, read, rendered, run
 from ztdev.state import default_tools_directory
@@ -114,8 +114,10 @@ def _engine() -> str:
 @pytest.fixture(scope="module", autouse=True)
 def empty() -> None:
     """What other tests have taken away from the cluster is gone."""
-    for namespace in ("zt-demo", "zt-local", "spire-system", "zt-admission"):
-        kubectl("wait", "--for=delete", f"namespace/{namespace}", "--timeout=120s")
+    namespaces = [f"namespace/{name}" for name in ("zt-demo", "zt-local", "spire-system", "zt-admission")]
+    kinds = [each["metadata"]["name"] for each in rendered(ROOT / "k8s" / "spire" / "crds")]
+    for gone in (*namespaces, *(f"customresourcedefinition/{name}" for name in kinds)):
+        kubectl("wait", "--for=delete", gone, "--timeout=120s")
 
 
 @pytest.fixture(scope="module")
