@@ -210,7 +210,7 @@ def completed(namespace: str, name: str, say: Say, within: float = 900) -> None:
 
 
 def unready(namespace: str) -> list[str]:
-    """What each pod that is not ready waits for, a line each."""
+    """What each pod that is not ready waits for, or why there is none, a line each."""
     lines = []
     for pod in read("pods", "--namespace", namespace)["items"]:
         status = pod.get("status", {})
@@ -230,7 +230,18 @@ def unready(namespace: str) -> list[str]:
             reasons.append(str(scheduled.get("message", "not scheduled")))
         if reasons:
             lines.append(f"{pod['metadata']['name']}: {'; '.join(reasons)}")
-    return lines
+    return lines + _refused(namespace)
+
+
+def _refused(namespace: str) -> list[str]:
+    """Of whom no pod is made, and why, as far as it was told in the last two minutes."""
+    told = read("events", "--namespace", namespace, "--field-selector", "reason=FailedCreate")["items"]
+    since = datetime.now(UTC) - timedelta(minutes=2)
+    return [
+        f"{event['involvedObject']['kind']} {event['involvedObject']['name']}: {event['message']}"
+        for event in told
+        if event.get("lastTimestamp") and datetime.fromisoformat(event["lastTimestamp"]) > since
+    ]
 
 
 def _told(*arguments: str) -> str:
