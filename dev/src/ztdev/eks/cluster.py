@@ -206,7 +206,7 @@ def completed(namespace: str, name: str, say: Say, within: float = 900) -> None:
             if line not in said:
                 said.append(line)
                 say(line)
-        time.sleep(1)
+        time.sleep(1)  # between two looks at the job, until it has ended or `within` is over
 
 
 def unready(namespace: str) -> list[str]:

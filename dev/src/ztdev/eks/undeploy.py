@@ -147,7 +147,7 @@ class Removal:
         while not happens():
             if time.monotonic() > deadline:
                 raise StackError(f"{otherwise} after {WITHIN:.0f} s.")
-            time.sleep(EVERY)
+            time.sleep(EVERY)  # between two looks, until it happens or `WITHIN` is over
 
     def _claimed(self) -> Collection[Any]:
         """Volumes that pods of ours have asked for."""
