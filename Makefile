@@ -103,7 +103,7 @@ ps: ## List the containers, and how they are
 ##@ On EKS, and on the cluster that KUBECONFIG names
 
 .PHONY: deploy-tools
-deploy-tools: setup .tools/cosign/.built .tools/syft/.built ## Build and fetch beforehand what `make deploy` needs; it does so by itself, too
+deploy-tools: setup .tools/cosign/.built .tools/syft/.built .tools/kyverno/crds.yaml ## Build and fetch beforehand what `make deploy` needs; it does so by itself, too
 	@.venv/bin/python -m ztdev.eks prepare
 
 .PHONY: deploy
@@ -128,11 +128,14 @@ test: setup ## Run every test
 	@.venv/bin/ztdev prepare
 	@exec .venv/bin/pytest -q -n 2 --dist loadfile $(ALL_TESTS) $(ARGS)
 
-.PHONY: check
-check: setup ## Format, lint and types, then the quick tests
+.PHONY: lint
+lint: setup ## Format, lint and types
 	@echo "== ruff format"; .venv/bin/ruff format --check $(CHECKED)
 	@echo "== ruff check"; .venv/bin/ruff check $(CHECKED)
 	@echo "== mypy"; .venv/bin/mypy
+
+.PHONY: check
+check: lint ## The same, then the quick tests
 	@echo "== pytest $(QUICK_TESTS)"; exec .venv/bin/pytest -q -n 2 --dist loadfile $(QUICK_TESTS) $(ARGS)
 
 .PHONY: conformance
@@ -161,12 +164,12 @@ test-k8s: setup .tools/spire-controller-manager/.built ## Tests of k8s/overlays/
 	@exec .venv/bin/pytest -q --timeout 600 tests/k8s $(ARGS)
 
 .PHONY: test-deploy
-test-deploy: setup deploy-tools .tools/spire-controller-manager/.built ## Tests of `make deploy` on that cluster, which has nothing of ours yet, and a local AWS
+test-deploy: setup deploy-tools .tools/spire-controller-manager/.built .tools/kyverno/.built ## Tests of `make deploy` on that cluster, which has nothing of ours yet, and a local AWS
 	@exec .venv/bin/pytest -q --timeout 600 tests/deploy $(ARGS)
 
 .PHONY: arrows
 arrows: setup ## Draw what the network policies of each overlay allow, into its arrows.md (needs kubectl)
-	@exec .venv/bin/python -m ztdev.kubernetes.picture k8s/overlays/*
+	@exec .venv/bin/python -m ztdev.kubernetes.picture $(patsubst %/beyond.yaml,%,$(wildcard k8s/overlays/*/beyond.yaml))
 
 .PHONY: lint-containers
 lint-containers: setup ## Lint the Dockerfiles (hadolint) and check docker-compose.yml
@@ -268,6 +271,13 @@ clean: ## Stop the stack; remove its data (.zt), the environment and caches
 # What tests need besides, pinned by uv.lock and by the go.sum files.
 .tools/%/.built: dev/tools/%/go.mod dev/tools/%/go.sum dev/tools/build | $(filter .tools/%,$(UV))
 	@dev/tools/build $*
+
+# Of Kyverno, where it does not run itself, its kinds alone: they are too much to be kept here.
+.tools/kyverno/crds.yaml: dev/tools/kyverno/go.mod dev/tools/kyverno/go.sum | $(filter .tools/%,$(UV))
+	@mkdir -p .tools/kyverno
+	@cd dev/tools/kyverno && ../../go mod download github.com/kyverno/kyverno && \
+	  crds="$$(../../go list -m -f '{{.Dir}}' github.com/kyverno/kyverno)/config/crds" && \
+	  awk 'FNR == 1 {print "---"} {print}' "$$crds"/{kyverno,policies.kyverno.io}/*.yaml >../../../$@
 
 # Of eksctl the schema of its file alone: it cannot be built as a dependency.
 .tools/eksctl/schema.json: dev/tools/eksctl/go.mod dev/tools/eksctl/go.sum | $(filter .tools/%,$(UV))

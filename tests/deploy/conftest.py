@@ -111,10 +111,13 @@ def _engine() -> str:
     return found[0]
 
 
+_NAMESPACES = ("zt-demo", "zt-local", "spire-system", "zt-admission", "zt-door", "kyverno")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def empty() -> None:
     """What other tests have taken away from the cluster is gone."""
-    namespaces = [f"namespace/{name}" for name in ("zt-demo", "zt-local", "spire-system", "zt-admission")]
+    namespaces = [f"namespace/{name}" for name in _NAMESPACES]
     kinds = [each["metadata"]["name"] for each in rendered(ROOT / "k8s" / "spire" / "crds")]
     for gone in (*namespaces, *(f"customresourcedefinition/{name}" for name in kinds)):
         kubectl("wait", "--for=delete", gone, "--timeout=120s")
@@ -201,6 +204,7 @@ def edge(database: Database, cloud: EmptyCloud, registries: Registries) -> Edge:
     """The rest of the account."""
     edge = Edge(REGISTRY)
     secrets = cloud.admin_client("secretsmanager")
+    secrets.create_secret(Name="zt-demo-door/client", SecretString="of the page")
     login = '{"username": "administrator", "password": "administrator"}'
     server = read("endpoints", "kubernetes", "--namespace", "default")["subsets"][0]["addresses"][0]["ip"]
     edge.outputs = {
@@ -208,7 +212,6 @@ def edge(database: Database, cloud: EmptyCloud, registries: Registries) -> Edge:
         "Registry": f"{REGISTRY}/zt-demo/",
         "OidcIssuerHost": ISSUER.removeprefix("https://"),
         "EndpointsCidr": f"{NODE}/32",
-        "DoorCidr": f"{NODE}/32",
         "ControlCidr": f"{server}/32",
         **{
             f"{service}AdministratorSecretArn": secrets.create_secret(

@@ -7,8 +7,9 @@ import asyncio
 import base64
 import json
 import os
+import secrets
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ import pytest
 from tests.k8s import cluster as local
 from tests.k8s.test_rotation import spire_server
 from tests.unit.test_deployer_template import allowed
+from tests.waiting import until
 from ztdev.aws.stacks import Stack
 from ztdev.eks import __main__ as eks
 from ztdev.eks import cluster, deploy, undeploy
-from ztdev.eks.settings import BUILD, ROOT
+from ztdev.eks.settings import BUILD, PREFIX, ROOT
 from ztdev.images import tool
 from ztdev.inside import READ_SECRETS
-from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, python, read, refusal, run
+from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, python, read, refusal, run, said_of
+from ztdev.kubernetes.pods import as_deployed
 from ztdev.shop import Visitor
 
 from .conftest import REGISTRY, Database, EmptyCloud, Registries
@@ -38,6 +41,14 @@ OVERLAY = Path(__file__).parent / "overlays" / "eks"
 
 #: Where SPIRE's server keeps what it must not forget: on EKS a volume of its own.
 VOLUME = Path("/var/tmp/zt-demo-spire")
+
+
+A_DOOR = {
+    "CertificateArn": "arn:aws:acm:eu-central-1:111122223333:certificate/page",
+    "Issuer": "https://login.example",
+    "ClientId": "page",
+    "ClientSecretId": "zt-demo-door/client",
+}
 
 
 @dataclass
@@ -69,7 +80,8 @@ class Person:
         }
         given = options | {name.replace("_", "-"): value for name, value in instead.items()}
         flags = [part for name, value in given.items() for part in (f"--{name}", value)]
-        return await self.types("deploy", "--yes", *flags)
+        door = [part for name, value in A_DOOR.items() for part in ("--door", f"{name}={value}")]
+        return await self.types("deploy", "--yes", *flags, *door)
 
     async def undeploys(self) -> int:
         """`make undeploy`."""
@@ -103,9 +115,14 @@ def images() -> None:
         *("docker", "build", "--quiet", "--file", "tests/k8s/controller-manager.Dockerfile"),
         *("--tag", local.CONTROLLER_MANAGER, ".tools/spire-controller-manager"),
     )
+    run(
+        *("docker", "build", "--quiet", "--file", "tests/deploy/kyverno.Dockerfile"),
+        *("--tag", "ghcr.io/kyverno/kyverno:v1.19.1", ".tools/kyverno"),
+    )
     for name in (
         "ghcr.io/spiffe/spiffe-csi-driver:0.2.7",
         "registry.k8s.io/sig-storage/csi-node-driver-registrar:v2.13.0",
+        "public.ecr.aws/eks/aws-load-balancer-controller:v3.5.0",
     ):
         run("docker", "tag", local.CONTROLLER_MANAGER, name)
 
@@ -130,6 +147,15 @@ def volume() -> Iterator[None]:
     apply(made)
     yield
     kubectl("delete", "persistentvolume", "spire", "--wait=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nobody_checks_signatures() -> Iterator[None]:
+    """Afterwards: an account's cluster goes away, with who does, but this one stays."""
+    yield
+    webhooks = "mutatingwebhookconfigurations,validatingwebhookconfigurations"
+    kubectl("delete", "--selector", "webhook.kyverno.io/managed-by=kyverno", webhooks)
+    kubectl("delete", "namespace", cluster.KYVERNO, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,6 +206,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, job: str) -> Iterator[dict[str,
 
 
 @contextmanager
+def no_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Nobody has fetched what Kyverno's kinds are."""
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "KYVERNO_KINDS", Path("/nowhere"))
+        yield {}
+
+
+@contextmanager
 def everybody_to_everybody() -> Iterator[dict[str, str]]:
     """Somebody has made a policy that lets everything through."""
     metadata = {"name": "everything", "namespace": "zt-demo"}
@@ -204,10 +238,12 @@ async def test_it_goes_on_where_it_failed(
         ("roles and secrets", refused(person, change, "zt-demo-workload"), 1, "workload.yaml is refused"),
         ("images", no_registry(registries), 1, "docker login"),
         ("the way into the cluster", given(kubeconfig=str(nowhere)), 1, "does not answer"),
+        ("signatures at admission", no_kinds(monkeypatch), 8, "make deploy-tools"),
         ("SPIRE, network policies, admission", given(database_ca="/nowhere/ca.pem"), 1, "/nowhere/ca.pem"),
         ("roles of the databases", interrupted(monkeypatch, "databases"), 130, "run the same again"),
         ("rotation", refused(person, "s3.PutObject"), 1, "AccessDenied"),
         ("services", interrupted(monkeypatch, "orders-migrate"), 130, "run the same again"),
+        ("door", refused(person, change, "zt-demo-door"), 1, "door.yaml is refused"),
         ("verify", everybody_to_everybody(), 1, "network policies are obeyed"),
     ]
     for step, failure, status, why in failures:
@@ -220,7 +256,7 @@ async def test_it_goes_on_where_it_failed(
     assert "controls are enforced" in person.said
     # Nothing but what somebody else had changed was left to do.
     assert (generations(), registries.files()) == before
-    assert person.said.count("nothing to change") == 2
+    assert person.said.count("nothing to change") == 3
     assert "pushing" not in person.said
     assert "signing" not in person.said
 
@@ -262,7 +298,7 @@ async def test_stacks_are_made_by_their_role_and_with_the_boundary(
     edge: Edge, cloud: EmptyCloud, deployer: dict[str, str]
 ) -> None:
     assert edge.made_by == dict.fromkeys(
-        ("zt-demo-platform", "zt-demo-workload"), deployer["CloudFormationRoleArn"]
+        ("zt-demo-platform", "zt-demo-workload", "zt-demo-door"), deployer["CloudFormationRoleArn"]
     )
     for name in edge.made_by:
         (stack,) = cloud.admin_client("cloudformation").describe_stacks(StackName=name)["Stacks"]
@@ -272,10 +308,10 @@ async def test_stacks_are_made_by_their_role_and_with_the_boundary(
 
 async def test_every_image_is_ours_signed_and_attested(person: Person, tmp_path: Path) -> None:
     """By the platform's key; by another's it is not."""
-    namespaces = (cluster.NAMESPACE, cluster.SPIRE)
+    namespaces = (cluster.NAMESPACE, cluster.SPIRE, cluster.KYVERNO)
     pods = [pod for each in namespaces for pod in read("pods", "--namespace", each)["items"]]
     running = {each["image"] for pod in pods for each in pod["spec"]["containers"]}
-    assert len(running) == 6
+    assert len(running) == 7
     run(tool("cosign"), "generate-key-pair", "--output-key-prefix", str(tmp_path / "other"))
     for image in running:
         assert image.startswith(f"{REGISTRY}/zt-demo/")
@@ -284,6 +320,126 @@ async def test_every_image_is_ours_signed_and_attested(person: Person, tmp_path:
             run(*check, str(BUILD / "images.pub"), image)
             with pytest.raises(ClusterFault, match=r"signature|verif"):
                 run(*check, str(tmp_path / "other.pub"), image)
+
+
+async def test_pods_of_frontend_are_bound_to_the_door(cloud: EmptyCloud) -> None:
+    binding = read("targetgroupbinding", "frontend", "--namespace", "zt-demo")["spec"]
+    resources = cloud.admin_client("cloudformation").describe_stack_resources(StackName="zt-demo-door")
+    ids = {each["LogicalResourceId"]: each["PhysicalResourceId"] for each in resources["StackResources"]}
+    assert binding["targetGroupARN"] == ids["DoorTargets"]
+    service = read("service", binding["serviceRef"]["name"], "--namespace", "zt-demo")
+    assert binding["serviceRef"]["port"] in {each["port"] for each in service["spec"]["ports"]}
+
+
+# -- images at admission -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Whose keys sign an image, and who its bill of materials; nobody: none does."""
+
+    image: str = ""
+    bill: str = ""
+
+
+IMAGES = {
+    "nobody has signed": (Signed(), "image_unsigned: "),
+    "another has signed": (Signed("another", "another"), "image_unsigned: "),
+    "we have signed, without a bill of materials": (Signed("ours"), "image_unattested: "),
+    "we have signed, with another's bill of materials": (Signed("ours", "another"), "image_unattested: "),
+    "we have signed, with a bill of materials": (Signed("ours", "ours"), ""),
+}
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The key of somebody else."""
+    name = str(tmp_path_factory.mktemp("another") / "cosign")
+    run(tool("cosign"), "generate-key-pair", "--output-key-prefix", name)
+    return f"{name}.key"
+
+
+def pushed(signed: Signed, keys: Mapping[str, str], folder: Path) -> str:
+    """An image of its own in the registry, with these signatures."""
+    name = f"{REGISTRY}/zt-demo/orders:tried-{secrets.token_hex(4)}"
+    built = f"FROM zt-demo/orders:local\nLABEL tried={name}\n"
+    run("docker", "build", "--quiet", "--tag", name, "-", given=built)
+    run("docker", "push", "--quiet", name)
+    (digest,) = json.loads(run("docker", "image", "inspect", "--format", "{{json .RepoDigests}}", name))
+    sign = ("--use-signing-config=false", "--tlog-upload=false", "--yes", "--key")
+    if signed.image:
+        run(tool("cosign"), "sign", *sign, keys[signed.image], digest)
+    if signed.bill:
+        bill = folder / "bill.json"
+        bill.write_text('{"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": []}')
+        predicate = ("--type", "cyclonedx", "--predicate", str(bill))
+        run(tool("cosign"), "attest", *sign, keys[signed.bill], *predicate, digest)
+    return str(digest)
+
+
+def tried(image: str) -> dict[str, Any]:
+    """A pod as orders has them, of another image."""
+    pod = as_deployed("orders", "tried")
+    pod["spec"]["containers"][0]["image"] = image
+    return pod
+
+
+@pytest.fixture
+def images_of(
+    person: Person, another: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """What there is to try."""
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    keys = {"ours": f"awskms:///alias/{PREFIX}-images", "another": another}
+    return {name: pushed(signed, keys, tmp_path) for name, (signed, _) in IMAGES.items()}
+
+
+async def test_an_image_is_let_in_when_it_is_signed_and_attested_by_us(
+    monkeypatch: pytest.MonkeyPatch, images_of: dict[str, str]
+) -> None:
+    assert said_of(as_deployed("orders", "tried")) == ""
+    for name, (_, reason) in IMAGES.items():
+        said = said_of(tried(images_of[name]))
+        if reason:
+            assert f"zt-signatures failed: {reason}" in said, (name, said)
+        else:
+            assert said == "", name
+    for where in ("initContainers", "containers"):
+        pod = tried(images_of["we have signed, with a bill of materials"])
+        beside = {**pod["spec"]["containers"][0], "name": "beside", "image": images_of["nobody has signed"]}
+        for field in ("livenessProbe", "readinessProbe", "ports"):
+            del beside[field]
+        pod["spec"].setdefault(where, []).append(beside)
+        assert "image_unsigned: " in said_of(pod), where
+
+    # And what asks for it is this policy, nothing else.
+    policy = read("imagevalidatingpolicy", "zt-signatures")
+    kept = {name: policy[name] for name in ("apiVersion", "kind", "spec")}
+    kubectl("delete", "imagevalidatingpolicy", "zt-signatures")
+    try:
+        unsigned = tried(images_of["nobody has signed"])
+        until(lambda: not said_of(unsigned), 60, "nobody asks for signatures any more")
+        for name in IMAGES:
+            assert said_of(tried(images_of[name])) == "", name
+    finally:
+        apply({**kept, "metadata": {"name": "zt-signatures"}})
+    until(lambda: "image_unsigned" in said_of(unsigned), 60, "somebody asks for signatures again")
+
+
+async def test_without_kyverno_nothing_of_ours_starts_and_everything_else_does() -> None:
+    ours = as_deployed("orders", "tried")
+    other = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "tried", "namespace": "default"}}
+    other["spec"] = {"containers": [{"name": "any", "image": "registry.example/any"}]}
+    assert said_of(ours) == ""
+    kubectl("--namespace", cluster.KYVERNO, "scale", "deployment/kyverno", "--replicas=0")
+    try:
+        until(lambda: "failed calling webhook" in said_of(ours), 60, "nobody answers for Kyverno")
+        assert said_of(other) == ""
+        # Its own pods are not asked about, so it comes back.
+    finally:
+        kubectl("--namespace", cluster.KYVERNO, "scale", "deployment/kyverno", "--replicas=1")
+        cluster.rolled_out(cluster.KYVERNO, "Deployment", "kyverno")
+    until(lambda: said_of(ours) == "", 60, "pods of ours are let in again")
 
 
 # -- away again ------------------------------------------------------------------------------------------

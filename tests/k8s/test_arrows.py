@@ -45,9 +45,13 @@ EKS = {
         for where, port in ((f"{service}' database", "tcp/5432"), ("endpoints of AWS", "tcp/443"))
     ),
     Arrow("spire-system/spire-server", "API server", "tcp/443"),
+    # To S3, by a gateway: its addresses are outside.
+    *(Arrow("kyverno/kyverno", where, "tcp/443") for where in ("API server", "endpoints of AWS", "outside")),
+    Arrow("API server", "kyverno/kyverno", "tcp/9443"),
     # Anybody may knock at SPIRE's server: an agent has the address of its node.
     Arrow("somebody's pod", "spire-system/spire-server", "tcp/8081"),
     Arrow("door", "spire-system/spire-server", "tcp/8081"),
+    Arrow("API server", "spire-system/spire-server", "tcp/8081"),
 }
 
 
@@ -59,7 +63,7 @@ ASK = names("spire-system/spire-server", *(f"zt-demo/{each}" for each in SERVICE
 
 ALLOWED = {
     OVERLAY: CHAIN | LOCAL | ASK | names("zt-local/data"),
-    OVERLAY.with_name("eks"): CHAIN | EKS | ASK,
+    OVERLAY.with_name("eks"): CHAIN | EKS | ASK | names("kyverno/kyverno"),
 }
 
 

@@ -1,4 +1,7 @@
-"""Every object of the manifests that this cluster does not run passes its API server all the same."""
+"""Every object of the manifests that this cluster does not run passes its API server all the same.
+
+Those of Kyverno run where `make deploy` is tested.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,37 @@ import yaml
 
 from tests.k8s.cluster import ROOT
 from ztdev.eks.account import IMAGES, Account
-from ztdev.kubernetes.kubectl import kubectl, rendered
+from ztdev.kubernetes.kubectl import apply, kubectl, rendered
 
-FOLDERS = ("k8s/overlays/eks", "k8s/overlays/eks-databases", "k8s/spire/csi")
+FOLDERS = ("k8s/overlays/eks", "k8s/overlays/eks-databases", "k8s/overlays/eks-door", "k8s/spire/csi")
+
+#: What this cluster has not.
+NAMESPACES = ("zt-demo-databases", "zt-door")
 
 OBJECTS = {
     f"{folder} {each['kind']} {each['metadata']['name']}": each
     for folder in FOLDERS
     for each in rendered(ROOT / folder)
-    if each["kind"] not in ("CustomResourceDefinition", "Namespace")
+    if each["kind"] not in ("CustomResourceDefinition", "Namespace", "ImageValidatingPolicy")
+    and each["metadata"].get("namespace") != "kyverno"
 }
 
 
 @pytest.fixture(scope="module")
-def databases_namespace() -> Iterator[None]:
-    """The namespace that the cluster has not yet."""
-    kubectl("create", "namespace", "zt-demo-databases")
+def namespaces_and_kinds() -> Iterator[None]:
+    """Those that the cluster has not."""
+    kinds = rendered(ROOT / "k8s" / "overlays" / "eks-door" / "crds")
+    for name in NAMESPACES:
+        kubectl("create", "namespace", name)
+    apply(*kinds)
+    kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", "--all")
     yield
-    kubectl("delete", "--wait=false", "namespace", "zt-demo-databases")
+    kubectl("delete", "--wait=false", "namespace", *NAMESPACES)
+    names = [each["metadata"]["name"] for each in kinds]
+    kubectl("delete", "--wait=false", "customresourcedefinition", *names)
 
 
-@pytest.mark.usefixtures("databases_namespace")
+@pytest.mark.usefixtures("namespaces_and_kinds")
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_api_server_takes_it(name: str) -> None:
     """Under another name, since some of that name is there."""
@@ -58,9 +71,13 @@ OTHER = {
     "EndpointsCidr": "10.9.194.0/24",
     "ControlCidr": "10.9.195.0/24",
     "DoorCidr": "10.9.196.0/24",
+    "NetworkCidr": "10.9.0.0/16",
+    "NetworkId": "vpc-0123",
     "OrdersAdministratorSecretArn": "arn:aws:secretsmanager:us-east-1:444455556666:secret:rds!one",
     "PaymentsAdministratorSecretArn": "arn:aws:secretsmanager:us-east-1:444455556666:secret:rds!two",
 }
+
+TARGETS = "arn:aws:elasticloadbalancing:us-east-1:444455556666:targetgroup/shop/0123456789abcdef"
 
 
 def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: Path) -> None:
@@ -71,11 +88,13 @@ def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: P
         **{f"{name}SecretArn": f"arn:aws:secretsmanager:us-east-1:444455556666:{name}" for name in secrets},
     }
     digests = {repository: f"sha256:{number:064x}" for number, repository in enumerate(IMAGES.values())}
-    account = Account(OTHER, workload, digests, "us-east-1")
+    key = "-----BEGIN PUBLIC KEY-----\nours\n-----END PUBLIC KEY-----\n"
+    account = Account(OTHER, workload, digests, "us-east-1", key)
     objects = []
     for name, make in (
         ("all", partial(account.services, page="shop.test")),
         ("databases", account.databases),
+        ("door", partial(account.door, targets=TARGETS)),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -90,9 +109,13 @@ def test_with_an_account_s_own_values_nothing_of_the_example_is_left(tmp_path: P
         "eu-central-1",
         "ghcr.io",
         "registry.k8s.io",
+        "public.ecr.aws",
+        "vpc-example",
     ):
         assert left not in text, left
-    for value in {**OTHER, **workload}.values():
+    for value in (*OTHER.values(), *workload.values(), TARGETS):
         assert value in text, value
     for digest in digests.values():
         assert f"@{digest}" in text
+    (policy,) = (each for each in objects if each["kind"] == "ImageValidatingPolicy")
+    assert [each["cosign"]["key"]["data"] for each in policy["spec"]["attestors"]] == [key]

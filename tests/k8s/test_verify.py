@@ -23,7 +23,7 @@ NETWORK = {control.name for control in CONTROLS if control.pillar == "network"}
 
 def verify() -> tuple[int, dict[str, Finding]]:
     """Its exit status, and what it found, by control."""
-    command = (sys.executable, "-m", "ztdev.kubernetes.verify", "--json")
+    command = (sys.executable, "-m", "ztdev.kubernetes.verify", "--json", "--without", "signatures")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
     assert done.stdout, done.stderr
     findings = [Finding(**each) for each in json.loads(done.stdout)]

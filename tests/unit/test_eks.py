@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from ztdev.eks.account import IMAGES
 from ztdev.eks.costs import monthly
 from ztdev.eks.preflight import NotReadyToDeploy
 from ztdev.eks.registry import release
-from ztdev.eks.settings import PLATFORM_DEFAULTS, TAKEN, Misused, Settings
+from ztdev.eks.settings import DOOR_MAY_HAVE, DOOR_NEEDS, PLATFORM_DEFAULTS, TAKEN, Misused, Settings
 from ztdev.eks.undeploy import Removal, StillThere
 from ztdev.errors import ExitStatus, ProgramMissing
 from ztdev.events import Steps
@@ -166,6 +167,17 @@ def test_the_root_of_an_account_deploys_nothing() -> None:
         (["deploy"], ExitStatus.FAILED, "No region is chosen"),
         (["deploy", "--parameter", "NodeCount"], ExitStatus.USAGE, "NAME=VALUE"),
         (["deploy", "--parameter", "ApiCidrs=0.0.0.0/0"], ExitStatus.USAGE, "not set by hand"),
+        (["deploy", "--door", "Issuer"], ExitStatus.USAGE, "--door Issuer: write it as NAME=VALUE"),
+        (
+            ["deploy", "--door", "DoorCidr=10.0.0.0/24"],
+            ExitStatus.USAGE,
+            "There are CertificateArn, ClientId",
+        ),
+        (
+            ["deploy", "--door", "ClientId=page"],
+            ExitStatus.USAGE,
+            "CertificateArn, ClientSecretId, Issuer must",
+        ),
         (["undeploy", "--region", "eu-central-1"], ExitStatus.USAGE, "--yes"),
     ],
 )
@@ -190,6 +202,15 @@ def test_options_that_this_program_fills_in_are_parameters_of_the_platform() -> 
         Settings(parameters={"NamePrefix": "other"})
 
 
+def test_all_of_the_door_that_this_program_cannot_know_is_an_option() -> None:
+    parameters = read_template(ROOT / "infra" / "door.yaml")["Parameters"]
+    known = {"NamePrefix", "NetworkId", "DoorCidr", "NodesCidr", "RoleBoundaryArn"}
+    known |= {"EndpointSubnetIds", "EndpointsGroupId", "ClusterGroupId"}
+    asked = parameters.keys() - known
+    assert {name for name in asked if "Default" not in parameters[name]} == DOOR_NEEDS
+    assert {name for name in asked if "Default" in parameters[name]} == DOOR_MAY_HAVE
+
+
 # -- what it costs ---------------------------------------------------------------------------------------
 
 
@@ -200,6 +221,9 @@ def test_costs_are_those_of_the_document() -> None:
     exact = [text for text in told if text.isdecimal()]
     assert exact == [cost for text, cost in zip(told, costs, strict=True) if text.isdecimal()]
     assert [text for text in told if not text.isdecimal()] == ["5 to 20", "less than 1"]
+    (door,) = (line.split("|")[-2].strip() for line in lines if line.startswith("| the door:"))
+    with_a_door = monthly(Settings(door=dict.fromkeys(DOOR_NEEDS, "given")))
+    assert str(sum(cost for _, cost in with_a_door) - sum(int(cost) for cost in costs)) == door
 
 
 def test_what_is_chosen_changes_what_it_costs() -> None:
@@ -239,7 +263,10 @@ def test_a_token_names_the_cluster_and_lasts_a_minute() -> None:
 def test_how_the_cluster_is_reached_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "BUILD", tmp_path)
     described = {"endpoint": "https://cluster.example", "certificateAuthority": {"data": "Q0E="}}
-    file = cluster.write_kubeconfig(account(eks_DescribeCluster=lambda _: {"cluster": described}), "zt-demo")
+    monkeypatch.setenv("KUBECONFIG", "another")
+    session = account(eks_DescribeCluster=lambda _: {"cluster": described})
+    file = cluster.choose(session, "zt-demo", None)
+    assert os.environ["KUBECONFIG"] == str(file)
     assert file.stat().st_mode & 0o077 == 0
     text = file.read_text()
     assert "https://cluster.example" in text

@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of infra/platform.yaml: NodeCount=2, DatabaseStandby=true, ...",
     )
     deploy.add_argument(
+        "--door",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="of infra/door.yaml, to make it: CertificateArn, Issuer, ClientId, ClientSecretId, ...",
+    )
+    deploy.add_argument(
         "--api-cidrs",
         help="from where the API server is reached, separated by commas (default: this machine's address)",
     )
@@ -163,16 +170,11 @@ _COMMANDS = {"deploy": _deploy, "undeploy": _undeploy, "token": _token}
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    parameters = {}
-    for text in given.parameter:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise Misused(f"--parameter {text}: write it as NAME=VALUE.")
-        parameters[name] = value
     chosen = {name: getattr(given, name) for name in ("overlay",) if getattr(given, name) is not None}
     return Settings(
         page=given.page,
-        parameters=parameters,
+        parameters=_named("--parameter", given.parameter),
+        door=_named("--door", given.door),
         api_cidrs=given.api_cidrs,
         schedule=given.schedule,
         key=given.key,
@@ -180,6 +182,16 @@ def _settings(given: argparse.Namespace) -> Settings:
         kubeconfig=given.kubeconfig,
         **chosen,
     )
+
+
+def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise Misused(f"{option} {text}: write it as NAME=VALUE.")
+        values[name] = value
+    return values
 
 
 def _costs(settings: Settings, ready: Ready) -> Table:

@@ -26,6 +26,8 @@ IMAGES = {
     "ghcr.io/spiffe/spire-controller-manager": "spire-controller-manager",
     "ghcr.io/spiffe/spiffe-csi-driver": "spiffe-csi-driver",
     "registry.k8s.io/sig-storage/csi-node-driver-registrar": "csi-node-driver-registrar",
+    "ghcr.io/kyverno/kyverno": "kyverno",
+    "public.ecr.aws/eks/aws-load-balancer-controller": "aws-load-balancer-controller",
     "zt-demo/dev": "administration",
 }
 
@@ -52,6 +54,10 @@ _ADDRESSES = [
     _Address("aws", _EGRESS, "EndpointsCidr"),
     _Address("door", "/spec/ingress/0/from/0/ipBlock/cidr", "DoorCidr"),
     _Address("server", "/spec/egress/1/to/0/ipBlock/cidr", "ControlCidr", "spire-system"),
+    _Address("kyverno", "/spec/ingress/0/from/0/ipBlock/cidr", "ControlCidr", "kyverno"),
+    _Address("kyverno", "/spec/egress/1/to/0/ipBlock/cidr", "ControlCidr", "kyverno"),
+    _Address("kyverno", "/spec/egress/1/to/2/ipBlock/cidr", "EndpointsCidr", "kyverno"),
+    _Address("kyverno", "/spec/egress/1/to/3/ipBlock/except/0", "NetworkCidr", "kyverno"),
 ]
 
 _DATABASES = "zt-demo-databases"
@@ -61,21 +67,27 @@ _DATABASES_ADDRESSES = [
     _Address("databases", "/spec/egress/1/to/0/ipBlock/cidr", "EndpointsCidr", _DATABASES),
 ]
 
+_DOOR_ADDRESSES = [
+    _Address("controller", "/spec/egress/0/to/0/ipBlock/cidr", "ControlCidr", "zt-door"),
+    _Address("controller", "/spec/egress/0/to/2/ipBlock/cidr", "EndpointsCidr", "zt-door"),
+]
+
 
 @dataclass(frozen=True)
 class Account:
-    """What an account has: outputs of its stacks, `digests` of the repositories in `IMAGES`, its `region`;
-    and the `overlay` that this is put over."""
+    """What an account has: outputs of its stacks, `digests` of the repositories in `IMAGES`, its `region`,
+    the `key` that images are signed by (PEM); and the `overlay` that this is put over."""
 
     platform: Mapping[str, str]
     workload: Mapping[str, str]
     digests: Mapping[str, str]
     region: str
+    key: str
     overlay: Path = OVERLAY
 
     def services(self, folder: Path, page: str) -> dict[str, Any]:
         """The kustomization of overlays/eks for `folder`; `page` is the name that people know the page by."""
-        names = ("zt-demo", _DATABASES, "spire-system")
+        names = ("zt-demo", _DATABASES, "zt-door", "spire-system")
         sources = dict.fromkeys(names, self.platform["Registry"])
         settings = {
             "frontend-settings": {"ALLOWED_HOSTS": page},
@@ -88,7 +100,10 @@ class Account:
             _merged("images", "zt-admission", sources) | {"options": {"disableNameSuffixHash": True}},
             *(_merged(name, "zt-demo", values) for name, values in settings.items()),
         ]
-        return self._over(self.overlay, folder, generators, _ADDRESSES)
+        key = [{"op": "replace", "path": "/spec/attestors/0/cosign/key/data", "value": self.key}]
+        signatures = {"target": {"kind": "ImageValidatingPolicy", "name": "zt-signatures"}}
+        patches = [*_patches(_ADDRESSES, self.platform), signatures | {"patch": yaml.safe_dump(key)}]
+        return self._over(self.overlay, folder, generators, patches)
 
     def databases(self, folder: Path) -> dict[str, Any]:
         """The kustomization for `folder` of the job that makes the databases' roles."""
@@ -100,7 +115,16 @@ class Account:
         }
         overlay = self.overlay.with_name("eks-databases")
         generators = [_merged("databases-settings", _DATABASES, settings)]
-        return self._over(overlay, folder, generators, _DATABASES_ADDRESSES)
+        return self._over(overlay, folder, generators, _patches(_DATABASES_ADDRESSES, self.platform))
+
+    def door(self, folder: Path, targets: str) -> dict[str, Any]:
+        """The kustomization for `folder` of who enters pods into the door's target group (an ARN)."""
+        settings = {"AWS_REGION": self.region, "AWS_VPC_ID": self.platform["NetworkId"]}
+        group = [{"op": "replace", "path": "/spec/targetGroupARN", "value": targets}]
+        binding = {"target": {"kind": "TargetGroupBinding"}, "patch": yaml.safe_dump(group)}
+        generators = [_merged("door-settings", "zt-door", settings)]
+        patches = [*_patches(_DOOR_ADDRESSES, self.platform), binding]
+        return self._over(self.overlay.with_name("eks-door"), folder, generators, patches)
 
     def _database(self, service: str, secret: str, role: str) -> dict[str, str]:
         return {
@@ -115,7 +139,7 @@ class Account:
         overlay: Path,
         folder: Path,
         generators: Sequence[Mapping[str, Any]],
-        addresses: Sequence[_Address],
+        patches: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         registry = self.platform["Registry"]
         return {
@@ -127,8 +151,12 @@ class Account:
                 for name, repository in IMAGES.items()
             ],
             "configMapGenerator": list(generators),
-            "patches": [address.patch(self.platform) for address in addresses],
+            "patches": list(patches),
         }
+
+
+def _patches(addresses: Sequence[_Address], platform: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [address.patch(platform) for address in addresses]
 
 
 def _merged(name: str, namespace: str, values: Mapping[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import secrets
 import sys
 import time
@@ -15,14 +16,16 @@ from typing import Any
 import boto3
 import yaml
 
-from ztdev.errors import StackError
+from ztdev.errors import ProgramMissing, StackError
 from ztdev.kubernetes.kubectl import ClusterFault, apply, kubectl, read
+from ztdev.postgres import make_server_tls
 
-from .settings import BUILD
+from .settings import BUILD, ROOT
 
 Say = Callable[[str], None]
 
-NAMESPACE, DATABASES, SPIRE = "zt-demo", "zt-demo-databases", "spire-system"
+NAMESPACE, DATABASES, DOOR = "zt-demo", "zt-demo-databases", "zt-door"
+SPIRE, KYVERNO = "spire-system", "kyverno"
 
 #: What runs of ours, in the order in which each needs the other.
 SERVICES = ("payments", "orders", "frontend")
@@ -33,6 +36,9 @@ _LATE = {"Deployment", "Job"}
 #: What others are of, or are in.
 _FIRST = {"Namespace", "CustomResourceDefinition", "StorageClass"}
 
+#: Kyverno's kinds, as `make deploy-tools` takes them from its module.
+KYVERNO_KINDS = ROOT / ".tools" / "kyverno" / "crds.yaml"
+
 #: Seconds that EKS takes a token for, less one minute.
 _TOKEN_LASTS = 14 * 60
 
@@ -40,7 +46,14 @@ _TOKEN_LASTS = 14 * 60
 # -- the way in ------------------------------------------------------------------------------------------
 
 
-def write_kubeconfig(session: boto3.Session, name: str) -> Path:
+def choose(session: boto3.Session, name: str, kubeconfig: Path | None) -> Path:
+    """Have kubectl ask the cluster `name`, by `kubeconfig` or else by the credentials of this session."""
+    file = kubeconfig or _write_kubeconfig(session, name)
+    os.environ["KUBECONFIG"] = str(file)
+    return file
+
+
+def _write_kubeconfig(session: boto3.Session, name: str) -> Path:
     """Write how kubectl reaches the cluster `name` with the credentials of this session: no key is in it."""
     cluster = session.client("eks").describe_cluster(name=name)["cluster"]
     token = ["-m", "ztdev.eks", "token", "--cluster", name, "--region", session.region_name]
@@ -103,21 +116,32 @@ def answers() -> str:
 # -- what is put there -----------------------------------------------------------------------------------
 
 
-def prepare(objects: Collection[dict[str, Any]], database_ca: str) -> None:
-    """Namespaces and kinds; the databases' authorities; and the key of the page's forms, made only once."""
-    namespaces = [each for each in objects if each["kind"] in _FIRST]
-    apply(*namespaces)
-    kinds = [each["metadata"]["name"] for each in objects if each["kind"] == "CustomResourceDefinition"]
-    kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", *kinds)
+def prepare(objects: Collection[dict[str, Any]]) -> None:
+    """Namespaces and kinds."""
+    if not KYVERNO_KINDS.is_file():
+        raise ProgramMissing(f"{KYVERNO_KINDS} is not there: make deploy-tools")
+    kinds = f"--filename={KYVERNO_KINDS}"
+    kubectl("apply", "--server-side", "--force-conflicts", kinds)
+    apply(*[each for each in objects if each["kind"] in _FIRST])
+    kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", "--all")
+
+
+def apply_signatures(objects: Collection[dict[str, Any]]) -> None:
+    """From here on an image that is not signed is let in nowhere of ours. Who checks it comes first."""
+    policies = [each for each in objects if each["kind"] == "ImageValidatingPolicy"]
+    names = {each["metadata"]["name"] for each in policies}
+    apply(*[each for each in objects if _is_kyverno(each)])
+    rolled_out(KYVERNO, "Deployment", "kyverno")
+    apply(*policies)
+    for name in names:
+        ready = "--for=jsonpath={.status.conditionStatus.ready}=true"
+        kubectl("wait", ready, "--timeout=120s", f"imagevalidatingpolicy/{name}")
+
+
+def give(database_ca: str) -> None:
+    """What is in no manifest: the databases' authorities; and the key of the page's forms, made only once."""
     apply(_authorities(NAMESPACE, database_ca))
-    try:
-        kubectl("--namespace", NAMESPACE, "get", "secret", "frontend-forms", "--output", "name")
-    except ClusterFault as fault:
-        if "NotFound" not in str(fault):
-            raise
-        metadata = {"name": "frontend-forms", "namespace": NAMESPACE}
-        key = base64.b64encode(secrets.token_bytes(32)).decode()
-        apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {"key": key}})
+    _keep(NAMESPACE, "frontend-forms", {"key": secrets.token_bytes(32)})
 
 
 def apply_rules(objects: Collection[dict[str, Any]]) -> None:
@@ -152,6 +176,39 @@ def apply_services(objects: Collection[dict[str, Any]], say: Say) -> None:
     for service in SERVICES:
         rolled_out(NAMESPACE, "Deployment", service)
         say(f"{service} is ready")
+
+
+def apply_door(objects: Collection[dict[str, Any]]) -> None:
+    """Who enters the pods of frontend into the door's target group. It does not start without a certificate
+    for its webhooks, which are asked by nobody here: it gets one that nobody knows."""
+    apply(*[each for each in objects if each["kind"] in _FIRST])
+    kinds = [each["metadata"]["name"] for each in objects if each["kind"] == "CustomResourceDefinition"]
+    kubectl("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", *kinds)
+    tls = make_server_tls(("localhost",), name="door")
+    certificate = {"tls.crt": tls.certificate.decode(), "tls.key": tls.key.decode()}
+    _keep(DOOR, "door-certificate", {name: text.encode() for name, text in certificate.items()})
+    apply(*[each for each in objects if each["kind"] not in _FIRST])
+    for each in objects:
+        if each["kind"] == "Deployment":
+            rolled_out(DOOR, "Deployment", each["metadata"]["name"])
+
+
+def _is_kyverno(each: Mapping[str, Any]) -> bool:
+    """In its namespace, or a right of its account."""
+    metadata = each["metadata"]
+    return KYVERNO in (metadata.get("namespace"), metadata["name"]) and each["kind"] not in _FIRST
+
+
+def _keep(namespace: str, name: str, contents: Mapping[str, bytes]) -> None:
+    """A Secret with `contents`, unless there is one of that name already."""
+    try:
+        kubectl("--namespace", namespace, "get", "secret", name, "--output", "name")
+    except ClusterFault as fault:
+        if "NotFound" not in str(fault):
+            raise
+        data = {key: base64.b64encode(value).decode() for key, value in contents.items()}
+        metadata = {"name": name, "namespace": namespace}
+        apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data})
 
 
 def _is_late(each: Mapping[str, Any]) -> bool:

@@ -26,4 +26,5 @@ def monthly(settings: Settings) -> list[tuple[str, int]]:
         ("secrets: six of ours, two of RDS", 4),
         ("logs of the control plane and of refused connections", 10),
         ("SPIRE's volume", 1),
+        *([("the door: load balancer, firewall, an endpoint", 40)] if settings.door else []),
     ]

@@ -6,7 +6,6 @@ where it failed, or changes what has changed, or changes nothing.
 
 from __future__ import annotations
 
-import os
 import ssl
 import urllib.request
 from collections.abc import Mapping
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 #: The authorities of RDS's certificates, all regions.
 _RDS_AUTHORITIES = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
-
 
 #: Seconds between two looks at a stack.
 EVERY = 5.0
@@ -67,6 +65,7 @@ class Deployment:
         self._platform: Mapping[str, str] = {}
         self._workload: Mapping[str, str] = {}
         self._digests: Mapping[str, str] = {}
+        self._key = ""
         self._database_ca = ""
         self._objects: list[dict[str, Any]] = []
 
@@ -82,10 +81,12 @@ class Deployment:
             ("roles and secrets", self.secrets),
             ("images", self.images),
             ("the way into the cluster", self.way_in),
+            ("signatures at admission", self.signatures),
             ("SPIRE, network policies, admission", self.rules),
             ("roles of the databases", self.databases),
             ("rotation", self.rotation),
             ("services", self.services),
+            ("door", self.door),
         ):
             with self._steps.step(name) as detail:
                 detail.text = act()
@@ -135,15 +136,13 @@ class Deployment:
         )
         self._digests = registry.bring()
         BUILD.mkdir(parents=True, exist_ok=True)
-        (BUILD / "images.pub").write_text(registry.public_key())
+        self._key = registry.public_key()
+        (BUILD / "images.pub").write_text(self._key)
         return f"{len(self._digests)} in {self._platform['Registry']}, signed by {self._settings.signer}"
 
     def way_in(self) -> str:
         """What kubectl needs from here on."""
-        file = self._settings.kubeconfig or cluster.write_kubeconfig(
-            self._session, self._platform["ClusterName"]
-        )
-        os.environ["KUBECONFIG"] = str(file)
+        file = cluster.choose(self._session, self._platform["ClusterName"], self._settings.kubeconfig)
         try:
             return f"Kubernetes {cluster.answers()}, by {file}"
         except ClusterFault as fault:
@@ -152,12 +151,18 @@ class Deployment:
                 f"It is reached from {self._ready.api_cidrs or 'inside its network alone'} (--api-cidrs)."
             ) from None
 
-    def rules(self) -> str:
-        """All but what runs of ours."""
+    def signatures(self) -> str:
+        """Kyverno, and the policy that has it ask for our signature: before anything else of ours runs."""
         self._write_manifests()
         self._objects = rendered(BUILD)
+        cluster.prepare(self._objects)
+        cluster.apply_signatures(self._objects)
+        return f"of {self._settings.signer}"
+
+    def rules(self) -> str:
+        """All but what runs of ours."""
         self._database_ca = self._authorities()
-        cluster.prepare(self._objects, self._database_ca)
+        cluster.give(self._database_ca)
         cluster.apply_rules(self._objects)
         return f"{len(self._objects)} objects, from {BUILD.relative_to(ROOT)}"
 
@@ -194,6 +199,21 @@ class Deployment:
         cluster.apply_services(self._objects, self._say)
         return f"{', '.join(cluster.SERVICES)} are ready"
 
+    def door(self) -> str:
+        """The way in for people, if there is to be one."""
+        outputs: Mapping[str, str] = self._stack("door").outputs()
+        if self._settings.door:
+            of_platform = ("NetworkId", "DoorCidr", "EndpointSubnetIds", "EndpointsGroupId", "ClusterGroupId")
+            parameters = {name: self._platform[name] for name in of_platform}
+            fixed = {"NamePrefix": PREFIX, "NodesCidr": self._platform["NetworkCidr"]}
+            outputs = self._deploy("door", {**parameters, **fixed, **self._settings.door})
+        if not outputs:
+            return "there is none (--door)"
+        folder = BUILD / "door"
+        account.write(folder, self._account().door(folder, outputs["TargetsArn"]))
+        cluster.apply_door(rendered(folder))
+        return f"{self._settings.page} is to be an alias of {outputs['Host']}"
+
     # -- parts of them
 
     def _say(self, text: str) -> None:
@@ -213,10 +233,18 @@ class Deployment:
         role = self._deployer.get("CloudFormationRoleArn")
         return self._stack(part).deploy(ROOT / "infra" / f"{part}.yaml", parameters, TAGS, role)
 
-    def _write_manifests(self) -> None:
-        values = account.Account(
-            self._platform, self._workload, self._digests, self._session.region_name, self._settings.overlay
+    def _account(self) -> account.Account:
+        return account.Account(
+            platform=self._platform,
+            workload=self._workload,
+            digests=self._digests,
+            region=self._session.region_name,
+            key=self._key,
+            overlay=self._settings.overlay,
         )
+
+    def _write_manifests(self) -> None:
+        values = self._account()
         account.write(BUILD, values.services(BUILD, self._settings.page))
         if "DatabasesRoleArn" in self._workload:
             account.write(BUILD / "databases", values.databases(BUILD / "databases"))

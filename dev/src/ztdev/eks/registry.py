@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 #: Which of the kustomizations says which release of others' images runs.
-_RELEASES = (ROOT / "k8s" / "spire", ROOT / "k8s" / "spire" / "csi")
+_RELEASES = tuple(ROOT / "k8s" / each for each in ("spire", "spire/csi", "kyverno", "overlays/eks-door"))
 
 #: No public log: nobody else has to know what is built here.
 _SIGN = ("--use-signing-config=false", "--tlog-upload=false", "--yes")

@@ -32,6 +32,10 @@ PLATFORM_DEFAULTS = {
 #: Parameters of platform.yaml that have an option of their own, or that this program fills in.
 TAKEN = {"NamePrefix", "AdministratorArn", "ApiCidrs", "Architecture", "RoleBoundaryArn"}
 
+#: Parameters of door.yaml: those that there is no door without, and the others that are set by hand.
+DOOR_NEEDS = {"CertificateArn", "Issuer", "ClientId", "ClientSecretId"}
+DOOR_MAY_HAVE = {"Scheme", "Clients", "LogRetentionDays"}
+
 #: What EKS calls an architecture that the Docker engine calls otherwise, and what Lambda calls it.
 ARCHITECTURES = {"arm64": ("arm64", "arm64"), "amd64": ("x86-64", "x86_64")}
 
@@ -54,6 +58,7 @@ class Settings:
         key: what signs images, as cosign takes it; None: the platform's own key, in KMS.
         database_ca: PEM file with the authorities of the databases; None: fetched, those of RDS.
         kubeconfig: how the cluster is reached; None: written, for this person's credentials of AWS.
+        door: parameters of door.yaml; none: there is no door, or the one that is there stays as it is.
         overlay: the kustomization that the account's values are put over.
     """
 
@@ -64,9 +69,15 @@ class Settings:
     key: str | None = None
     database_ca: Path | None = None
     kubeconfig: Path | None = None
+    door: Mapping[str, str] = field(default_factory=dict)
     overlay: Path = OVERLAY
 
     def __post_init__(self) -> None:
+        for name in self.door.keys() - DOOR_NEEDS - DOOR_MAY_HAVE:
+            known = ", ".join(sorted(DOOR_NEEDS | DOOR_MAY_HAVE))
+            raise Misused(f"--door {name}: there is no such thing. There are {known}.")
+        if self.door and (missing := DOOR_NEEDS - self.door.keys()):
+            raise Misused(f"--door: {', '.join(sorted(missing))} must be given, too (see infra/door.yaml).")
         for name in self.parameters.keys() & TAKEN:
             raise Misused(f"--parameter {name}: this is not set by hand (see --help).")
 

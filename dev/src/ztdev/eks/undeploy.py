@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ _FREE = {
     "rds:pg",
     "rds:subgrp",
 }
-
 
 #: Seconds between two looks, and until AWS must have noticed that something is gone.
 EVERY, WITHIN = 5.0, 900.0
@@ -99,8 +97,7 @@ class Removal:
         if "ClusterName" not in self._stack("platform").outputs():
             return "there is no cluster"
         try:
-            file = self._kubeconfig or cluster.write_kubeconfig(self._session, PREFIX)
-            os.environ["KUBECONFIG"] = str(file)
+            cluster.choose(self._session, PREFIX, self._kubeconfig)
             cluster.answers()
         except (StackError, ClientError) as error:
             self._steps.notice(f"The cluster cannot be asked: {error}", "warning")
