@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import resource
 import subprocess
@@ -22,6 +23,7 @@ from ztmtls.authz import (
     PolicyDocument,
     PolicyError,
     PolicyFile,
+    Rule,
     all_of,
     any_of,
     authorize_request,
@@ -302,6 +304,51 @@ def denied(
     with pytest.raises(NotAuthorized) as caught:
         authorize_request(policy, SpiffeId.parse(caller), method, path, raw or path.encode())
     return caught.value
+
+
+def test_the_first_rule_that_allows_it_is_named_whatever_else_matches() -> None:
+    """All pairs and triples of templates of two segments, against reading the rules from top to bottom."""
+    caller = SpiffeId.parse(ORDERS)
+    parts = ("a", "b", "{one}")
+    templates = [f"/{first}/{second}" for first in parts for second in parts]
+    paths = [f"/{first}/{second}" for first in ("a", "b", "c", "") for second in ("a", "b", "c", "")]
+
+    def matches(template: str, path: str) -> bool:
+        pairs = zip(template[1:].split("/"), path[1:].split("/"), strict=True)
+        return all(got != "" if want.startswith("{") else want == got for want, got in pairs)
+
+    for number in (2, 3):
+        for chosen in itertools.permutations(templates, number):
+            rules = [
+                Rule(template, frozenset({caller}), frozenset({"GET"}), (template,)) for template in chosen
+            ]
+            policy = Policy(rules)
+            for path in paths:
+                first = next((template for template in chosen if matches(template, path)), None)
+                assert policy.decide(caller, "GET", path).rule == first, (chosen, path)
+
+
+def test_a_decision_looks_at_shapes_and_not_at_every_rule() -> None:
+    caller = SpiffeId.parse(ORDERS)
+
+    def looks(rules: int) -> int:
+        """How many functions are called for one decision."""
+        paths = tuple(f"/orders-{number}/{{order_id}}" for number in range(rules))
+        policy = Policy([Rule("many", frozenset({caller}), frozenset({"GET"}), paths)])
+        called = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal called
+            called += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            assert policy.decide(caller, "GET", f"/orders-{rules - 1}/7").allowed
+        finally:
+            sys.setprofile(None)
+        return called
+
+    assert looks(10_000) == looks(1)
 
 
 def test_request_is_allowed_by_a_rule_or_denied_for_a_reason() -> None:
