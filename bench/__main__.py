@@ -13,17 +13,34 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from . import measures
+from . import chain, decisions, measures
 from .rig import Rig, rig
 
 Say = Callable[[str], None]
-Measure = Callable[[Rig, Say], Awaitable[dict[str, Any]]]
+Measure = Callable[[Say], Awaitable[dict[str, Any]]]
+OnRig = Callable[[Rig, Say], Awaitable[dict[str, Any]]]
 
 
-def _measures(scale: float) -> dict[str, Measure]:
+def _some(scale: float) -> Callable[..., int]:
     def some(number: int, least: int = 1) -> int:
         return max(least, round(number * scale))
 
+    return some
+
+
+def _alone(scale: float) -> dict[str, Measure]:
+    """Those that start what they need by themselves."""
+    some = _some(scale)
+
+    async def policy(say: Say) -> dict[str, Any]:
+        return decisions.measured(say, some(9, 3), some(5000, 200))
+
+    return {"chain": lambda say: chain.measured(say, some(7, 2), 3.0 * min(scale, 1.0)), "decisions": policy}
+
+
+def _on_rig(scale: float) -> dict[str, OnRig]:
+    """Those on one server process and one client."""
+    some = _some(scale)
     return {
         "kept": lambda r, say: measures.kept_connections(r, say, some(15, 3), some(800, 80)),
         "handshakes": lambda r, say: measures.full_handshakes(r, say, some(15, 3), some(100, 10)),
@@ -36,13 +53,18 @@ def _measures(scale: float) -> dict[str, Measure]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="ztmtls beside hand-written TLS with fixed certificates and beside plain HTTP: kept "
-        "connections, full handshakes, the event loop's stall at a rotation, rotation under load, closing "
-        "de-trusted connections. Everything is interleaved in one run; ratios say more than times.",
+        description="ztmtls beside hand-written TLS with fixed certificates and beside plain HTTP: a chain "
+        "of services, a policy's decision, kept connections, full handshakes, the event loop's stall at a "
+        "rotation, rotation under load, closing de-trusted connections. Everything is interleaved in one "
+        "run; ratios say more than times.",
         epilog="On a machine that does other things, too, quote the ratios of several runs.",
     )
     parser.add_argument(
-        "--only", metavar="NAME", nargs="+", choices=sorted(_measures(1)), help="these measurements alone"
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        choices=sorted({**_alone(1), **_on_rig(1)}),
+        help="these measurements alone",
     )
     parser.add_argument("--scale", metavar="X", type=float, default=1.0, help="numbers times X (default: 1)")
     parser.add_argument(
@@ -60,13 +82,20 @@ def _machine() -> dict[str, Any]:
     }
 
 
-async def _run(chosen: dict[str, Measure], say: Say) -> dict[str, Any]:
+async def _run(alone: dict[str, Measure], on_rig: dict[str, OnRig], say: Say) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": _machine()}
-    async with rig() as made:
-        for name, measure in chosen.items():
-            results[name] = await measure(made, say)
-            say("")
-            print(f"{name}\n{_readable(results[name])}", flush=True)
+
+    def seen(name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        say("")
+        print(f"{name}\n{_readable(result)}", flush=True)
+
+    for name, measure in alone.items():
+        seen(name, await measure(say))
+    if on_rig:
+        async with rig() as made:
+            for name, measured in on_rig.items():
+                seen(name, await measured(made, say))
     return results
 
 
@@ -88,9 +117,16 @@ def _progress(text: str) -> None:
 
 def main() -> None:
     arguments = _arguments()
-    chosen = {n: m for n, m in _measures(arguments.scale).items() if n in (arguments.only or [n])}
+    alone, on_rig = _alone(arguments.scale), _on_rig(arguments.scale)
+    wanted = set(arguments.only or [*alone, *on_rig])
     try:
-        results = asyncio.run(_run(chosen, _progress))
+        results = asyncio.run(
+            _run(
+                {name: measure for name, measure in alone.items() if name in wanted},
+                {name: measure for name, measure in on_rig.items() if name in wanted},
+                _progress,
+            )
+        )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

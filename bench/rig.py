@@ -86,7 +86,8 @@ class Rig:
             return found
 
 
-def _free_ports(names: tuple[str, ...]) -> dict[str, int]:
+def free_ports(names: tuple[str, ...]) -> dict[str, int]:
+    """A port of 127.0.0.1 for each name, that nobody has at the moment."""
     with contextlib.ExitStack() as stack:
         sockets = {n: stack.enter_context(socket.create_server(("127.0.0.1", 0))) for n in names}
         return {name: int(sock.getsockname()[1]) for name, sock in sockets.items()}
@@ -112,7 +113,7 @@ def _write_fixed(folder: Path, ca: CertificateAuthority) -> ssl.SSLContext:
 async def rig() -> AsyncIterator[Rig]:
     """Start everything; stop it at the end."""
     ca, friend_ca = CertificateAuthority(DOMAIN, ttl=86400), CertificateAuthority("friend.example", ttl=86400)
-    ports = _free_ports(PORTS)
+    ports = free_ports(PORTS)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         fixed = _write_fixed(Path(name), ca)
         async with WorkloadApi() as api:
