@@ -49,6 +49,30 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bod
     await writer.drain()
 
 
+async def test_cookies_are_kept_as_httpx_keeps_them(
+    server_source: StaticSource, caller: StaticSource
+) -> None:
+    cookies: list[bytes] = []
+
+    async def set_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            cookies.append(head.lower().partition(b"\r\ncookie: ")[2].partition(b"\r\n")[0])
+            writer.write(b"HTTP/1.1 200 OK\r\nset-cookie: basket=7\r\ncontent-length: 0\r\n\r\n")
+
+    def get_twice(client: Client) -> None:
+        with client:
+            client.get("/")
+            client.get("/")
+
+    async with raw_server(server_context(server_source), set_one) as url:
+        async with AsyncClient(caller, peer=SERVER, base_url=url) as client:
+            await client.get("/")
+            await client.get("/")
+        await asyncio.to_thread(get_twice, Client(caller, peer=SERVER, base_url=url))
+    assert cookies == [b"", b"basket=7"] * 2
+
+
 async def test_what_the_caller_was_handling_is_no_cause_of_a_failure(
     server_source: StaticSource, caller: StaticSource
 ) -> None:

@@ -110,6 +110,7 @@ class AsyncClient(httpx.AsyncClient):
                 _AsyncTransport(_Pools(source, _authorizer(peer), audit, limits, _AsyncPool)), tracer
             ),
         )
+        self._cookies = _Cookies()
 
     async def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
         """As `httpx.AsyncClient.send`; following redirects is refused."""
@@ -146,11 +147,20 @@ class Client(httpx.Client):
                 _SyncTransport(_Pools(source, _authorizer(peer), audit, limits, _SyncPool)), tracer
             ),
         )
+        self._cookies = _Cookies()
 
     def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
         """As `httpx.Client.send`; following redirects is refused."""
         _no_redirects(kwargs)
         return super().send(request, **kwargs)
+
+
+class _Cookies(httpx.Cookies):
+    """httpx's, without what it does for each answer that sets none: more than the TLS of one."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        if "set-cookie" in response.headers:
+            super().extract_cookies(response)
 
 
 def _authorizer(peer: SpiffeId | str | Authorizer) -> Authorizer:
@@ -364,7 +374,10 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
             body = request.stream
         limits = request.extensions.get("timeout", {})
         connect, pool = limits.get("connect"), limits.get("pool")
-        upload = _Upload(body, limits.get("write")) if body is not None else None
+        # Nobody waits for one piece to be taken: it needs no generator, and no clock.
+        upload = None
+        if body is not None and not (isinstance(body, bytes) and len(body) <= _Upload.PIECE):
+            upload = body = _Upload(body, limits.get("write"))
         timeout = aiohttp.ClientTimeout(
             # aiohttp's counts the wait for a free connection and the making of a new one together
             connect=None if connect is None or pool is None else connect + pool,
@@ -379,7 +392,7 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
                     request.method,
                     URL(str(request.url), encoded=True),
                     headers=headers,
-                    data=upload,
+                    data=body,
                     skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
                     allow_redirects=False,
                     timeout=timeout,
@@ -408,7 +421,7 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 class _Upload:
     """A request's body in pieces, each of which the server must take within `timeout` seconds."""
 
-    _PIECE = 64 * 1024
+    PIECE = 64 * 1024
 
     def __init__(self, body: bytes | AsyncIterable[bytes], timeout: float | None) -> None:
         self.deadline: asyncio.Timeout | None = None
@@ -428,8 +441,8 @@ class _Upload:
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         if isinstance(self._body, bytes):
-            for start in range(0, len(self._body), self._PIECE):
-                yield self._body[start : start + self._PIECE]
+            for start in range(0, len(self._body), self.PIECE):
+                yield self._body[start : start + self.PIECE]
         else:
             async for piece in self._body:
                 yield piece
