@@ -107,7 +107,11 @@ deploy-tools: setup .tools/cosign/.built .tools/syft/.built .tools/kyverno/crds.
 	@.venv/bin/python -m ztdev.eks prepare
 
 .PHONY: deploy
-deploy: $(if $(findstring --help,$(ARGS)),setup,deploy-tools) ## Make everything on EKS, and verify it: asks before it spends; run again, it goes on (ARGS=--help)
+deploy: setup ## Make everything on EKS, and verify it: asks before it spends; run again, it goes on (ARGS=--help)
+ifeq ($(findstring --help,$(ARGS)),)
+	@.venv/bin/python -m ztdev.eks check $(if $(PAGE),--page "$(PAGE)") $(ARGS)
+	@$(MAKE) --no-print-directory deploy-tools
+endif
 	@exec .venv/bin/python -m ztdev.eks deploy $(if $(PAGE),--page "$(PAGE)") $(ARGS)
 
 .PHONY: undeploy

@@ -178,6 +178,8 @@ def test_the_root_of_an_account_deploys_nothing() -> None:
             ExitStatus.USAGE,
             "CertificateArn, ClientSecretId, Issuer must",
         ),
+        (["check"], ExitStatus.FAILED, "No region is chosen"),
+        (["check", "--door", "Issuer"], ExitStatus.USAGE, "--door Issuer: write it as NAME=VALUE"),
         (["undeploy", "--region", "eu-central-1"], ExitStatus.USAGE, "--yes"),
     ],
 )
@@ -242,6 +244,13 @@ def test_what_is_chosen_changes_what_it_costs() -> None:
 def test_every_image_has_a_release() -> None:
     for name in IMAGES:
         assert re.fullmatch(rf"{re.escape(name)}:(local|v?\d+\.\d+\.\d+)", release(name))
+
+
+def test_kyverno_s_kinds_are_those_of_the_release_that_runs() -> None:
+    """They are taken from its module, and the image is named elsewhere."""
+    pinned = re.search(r"github.com/kyverno/kyverno (v\S+)", (ROOT / "dev/tools/kyverno/go.mod").read_text())
+    assert pinned is not None
+    assert release("ghcr.io/kyverno/kyverno").rpartition(":")[2] == pinned[1]
 
 
 def test_a_token_names_the_cluster_and_lasts_a_minute() -> None:

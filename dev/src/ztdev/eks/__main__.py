@@ -65,46 +65,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     both.add_argument("--yes", action="store_true", help="do not ask")
 
-    deploy = commands.add_parser(
-        "deploy",
-        parents=[both],
-        help="make everything, or bring it up to date",
-        description="Make everything, or bring it up to date. Run again after a failure, it goes on there.",
-    )
-    deploy.add_argument(
+    asked = argparse.ArgumentParser(add_help=False)
+    asked.add_argument(
         "--page", default="localhost", help="the host name that people know the page by (%(default)s)"
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--parameter",
         metavar="NAME=VALUE",
         action="append",
         default=[],
         help="of infra/platform.yaml: NodeCount=2, DatabaseStandby=true, ...",
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--door",
         metavar="NAME=VALUE",
         action="append",
         default=[],
         help="of infra/door.yaml, to make it: CertificateArn, Issuer, ClientId, ClientSecretId, ...",
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--api-cidrs",
         help="from where the API server is reached, separated by commas (default: this machine's address)",
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--schedule", default="rate(1 day)", help="when the databases' logins rotate (%(default)s)"
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--key", help="what signs the images, as cosign takes it (default: the platform's, in KMS)"
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--database-ca", type=Path, help="PEM file with the databases' authorities (default: RDS's, fetched)"
     )
-    deploy.add_argument(
+    asked.add_argument(
         "--overlay", type=Path, help="a kustomization over k8s/overlays/eks, to be used instead"
     )
 
+    commands.add_parser(
+        "deploy",
+        parents=[both, asked],
+        help="make everything, or bring it up to date",
+        description="Make everything, or bring it up to date. Run again after a failure, it goes on there.",
+    )
+    commands.add_parser(
+        "check", parents=[both, asked], help="refuse what deploy would, as far as that is known at once"
+    )
     commands.add_parser(
         "undeploy",
         parents=[both],
@@ -124,6 +128,14 @@ def _prepare(steps: Steps) -> ExitStatus:
     with steps.step("packages of the rotation function") as detail:
         keep = default_tools_directory() / "packages"
         detail.text = ", ".join(kept(keep, architecture).file.name for architecture in LAMBDA_PLATFORMS)
+    return ExitStatus.OK
+
+
+def _check(session: boto3.Session, given: argparse.Namespace, _: Console, __: Steps) -> ExitStatus:
+    """Before tools are built, which takes minutes the first time."""
+    _settings(given)
+    caller(session)
+    _somebody_answers(given, "Deploy it?")
     return ExitStatus.OK
 
 
@@ -166,7 +178,7 @@ def _token(session: boto3.Session, given: argparse.Namespace, _: Console, __: St
     return ExitStatus.OK
 
 
-_COMMANDS = {"deploy": _deploy, "undeploy": _undeploy, "token": _token}
+_COMMANDS = {"check": _check, "deploy": _deploy, "undeploy": _undeploy, "token": _token}
 
 
 def _settings(given: argparse.Namespace) -> Settings:
@@ -204,11 +216,15 @@ def _costs(settings: Settings, ready: Ready) -> Table:
     return shown
 
 
+def _somebody_answers(given: argparse.Namespace, question: str) -> None:
+    if not given.yes and not sys.stdin.isatty():
+        raise Misused(f"{question} Nobody is here to answer: --yes says so beforehand.")
+
+
 def _ask(console: Console, given: argparse.Namespace, question: str) -> None:
+    _somebody_answers(given, question)
     if given.yes:
         return
-    if not sys.stdin.isatty():
-        raise Misused(f"{question} Nobody is here to answer: --yes says so beforehand.")
     if console.input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
         raise StackError("Nothing was done.")
 
