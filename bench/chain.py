@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import ssl
 import sys
 import tempfile
 import time
@@ -18,9 +19,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from ztmtls.authz import exact
+from ztmtls.source import X509Source
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
+from ztmtls.tls import client_context
 
-from .hop import DOMAIN, HOPS, NEXT, identity
+from .hop import DOMAIN, HOPS, NEXT, fixed, identity
 from .load import Load, load
 from .rig import free_ports
 
@@ -30,6 +34,7 @@ OURS = "ztmtls"
 KINDS = ("plain, httpx", "plain, aiohttp", "ssl, httpx", "ssl, aiohttp", OURS)
 BODY = b'{"item": "book", "amount": 2450}'
 CONNECTIONS = 8
+IDLE = 1000
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -50,10 +55,9 @@ class Chain:
             found += (int(after_name[11]) + int(after_name[12])) / _TICKS
         return found
 
-    def memory(self) -> float:
-        """Megabytes of each, its own and shared (resident), on average."""
-        each = [Path(f"/proc/{process.pid}/statm").read_text() for process in self.processes.values()]
-        return sum(int(text.split()[1]) for text in each) * _PAGE / 1e6 / len(each)
+    def memory(self, name: str) -> float:
+        """Megabytes of a service, its own and shared (resident)."""
+        return int(Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1]) * _PAGE / 1e6
 
     async def orders(self, seconds: float, rate: float = 0.0) -> Load:
         """Orders for so long, with `rate` so many a second, else as many as go through."""
@@ -101,9 +105,17 @@ async def _accepts(port: int, process: asyncio.subprocess.Process) -> None:
                 await asyncio.sleep(0.01)
 
 
+@dataclass
+class Chains:
+    """One of each kind, running, and the contexts by which its last service is called, by kind."""
+
+    of: dict[str, Chain]
+    contexts: dict[str, ssl.SSLContext | None]
+
+
 @contextlib.asynccontextmanager
-async def chains() -> AsyncIterator[dict[str, Chain]]:
-    """One of each kind, running."""
+async def chains() -> AsyncIterator[Chains]:
+    """Start them; stop them at the end."""
     ca = CertificateAuthority(DOMAIN, ttl=86400)
     async with contextlib.AsyncExitStack() as stack:
         tls = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
@@ -120,20 +132,27 @@ async def chains() -> AsyncIterator[dict[str, Chain]]:
         for kind, chain in made.items():
             stack.push_async_callback(chain.stop)
             await _start(chain, kind, workloads, tls)
-        yield made
+        workloads["orders"].allow(pid=os.getpid())
+        source = await stack.enter_async_context(X509Source(workloads["orders"].endpoint))
+        await source.ready(30)
+        hand_written = fixed(tls, "orders", ssl.Purpose.SERVER_AUTH)
+        contexts = {kind: hand_written if kind.startswith("ssl") else None for kind in KINDS}
+        yield Chains(made, {**contexts, OURS: client_context(source, exact(identity("payments")))})
 
 
 async def measured(say: Say, turns: int, seconds: float) -> dict[str, Any]:
     """Orders per second with all that the machine has, then their times at half of what the slowest kind can;
     CPU time of the three services for an order, their memory, and how long each takes to accept."""
     say("chain: starting")
-    async with chains() as made:
+    async with chains() as started:
+        made = started.of
         for chain in made.values():
             await chain.orders(min(1.0, seconds))  # connections are made, and caches filled
         full = await _turns(made, say, turns, seconds, 0.0)
         rate = min(median(each.rate for each, _ in found) for found in full.values()) / 2
         steady = await _turns(made, say, turns, seconds, rate)
-        memory = {kind: round(chain.memory(), 1) for kind, chain in made.items()}
+        memory = {kind: round(median(chain.memory(name) for name in HOPS), 1) for kind, chain in made.items()}
+        idle = {kind: await _idle(made[kind], started.contexts[kind], say) for kind in KINDS}
         ready = {kind: round(median(chain.seconds.values()), 2) for kind, chain in made.items()}
     result: dict[str, Any] = {
         "orders_per_second": {
@@ -146,6 +165,7 @@ async def measured(say: Say, turns: int, seconds: float) -> dict[str, Any]:
         "at_orders_per_second": round(rate, 1),
         "ms": {kind: _latency(found) for kind, found in steady.items()},
         "megabytes_of_a_service": memory,
+        "kilobytes_of_an_idle_connection": idle,
         "seconds_until_it_accepts": ready,
         "load_generator_cpu": round(max(each.cpu / each.seconds for f in full.values() for each, _ in f), 2),
     }
@@ -163,6 +183,21 @@ async def _turns(
             seen = await made[kind].orders(seconds, rate)
             found[kind].append((seen, made[kind].cpu() - before))
     return found
+
+
+async def _idle(chain: Chain, context: ssl.SSLContext | None, say: Say) -> float:
+    """Kilobytes by which the last service grows for each connection on which nothing happens."""
+    say(f"chain: {IDLE} idle connections")
+    before = chain.memory("payments")
+    writers = []
+    try:
+        for _ in range(IDLE):
+            _, writer = await asyncio.open_connection("127.0.0.1", chain.ports["payments"], ssl=context)
+            writers.append(writer)
+        return round((chain.memory("payments") - before) * 1e3 / IDLE, 1)
+    finally:
+        for writer in writers:
+            writer.transport.abort()
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -65,7 +65,8 @@ def application(ask: Ask | None) -> FastAPI:
     return app
 
 
-def _fixed(tls: Path, name: str, purpose: ssl.Purpose) -> ssl.SSLContext:
+def fixed(tls: Path, name: str, purpose: ssl.Purpose) -> ssl.SSLContext:
+    """TLS as people write it by hand: certificates in files, and nobody's identity looked at."""
     context = ssl.create_default_context(purpose, cafile=tls / "ca.pem")
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
@@ -80,11 +81,11 @@ async def _asking(kind: str, name: str, port: int, source: X509Source | None) ->
         yield None
         return
     url = f"{'http' if kind.startswith('plain') else 'https'}://127.0.0.1:{port}"
-    fixed: ssl.SSLContext | bool = True
+    verify: ssl.SSLContext | bool = True
     if kind.startswith("ssl"):
-        fixed = _fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.SERVER_AUTH)
+        verify = fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.SERVER_AUTH)
     if kind.endswith("aiohttp"):
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=fixed)) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=verify)) as session:
 
             async def ask_by_aiohttp(order: dict[str, Any]) -> dict[str, Any]:
                 async with session.post(f"{url}/orders", json=order, raise_for_status=True) as answer:
@@ -98,7 +99,7 @@ async def _asking(kind: str, name: str, port: int, source: X509Source | None) ->
         client = AsyncClient(source, peer=identity(NEXT[name]), base_url=url)
     else:
         client = httpx.AsyncClient(
-            verify=fixed, base_url=url, timeout=DEFAULT_TIMEOUT, limits=DEFAULT_LIMITS, trust_env=False
+            verify=verify, base_url=url, timeout=DEFAULT_TIMEOUT, limits=DEFAULT_LIMITS, trust_env=False
         )
     async with client:
 
@@ -122,7 +123,7 @@ async def main() -> None:
         if source is None or name == "frontend":
             context = None
             if kind.startswith("ssl") and name != "frontend":
-                context = _fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.CLIENT_AUTH)
+                context = fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.CLIENT_AUTH)
             config = uvicorn.Config(
                 app,
                 log_config=None,
