@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from . import chain, decisions, measures
+from . import chain, decisions, guard, measures
 from .rig import Rig, rig
 
 Say = Callable[[str], None]
@@ -69,6 +69,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scale", metavar="X", type=float, default=1.0, help="numbers times X (default: 1)")
     parser.add_argument(
         "--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guard", action="store_true", help="fail when a ratio is worse than bench/guard.py allows"
     )
     return parser.parse_args()
 
@@ -134,6 +137,8 @@ def main() -> None:
     print(f"written: {arguments.json}")
     if results.get("rotation", {}).get("failed"):
         raise SystemExit("requests failed during rotation")
+    if arguments.guard and (faults := guard.crossed(results)):
+        raise SystemExit("worse than it may be:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
 if __name__ == "__main__":
