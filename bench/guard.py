@@ -39,9 +39,10 @@ LIMITS = (
     # Beside the least that TLS costs in Python, on the same client without httpx's objects.
     Limit(("chain", "ratio", "ztmtls/(ssl, aiohttp)", "cpu"), most=4.0),
     Limit(("chain", "ratio", "ztmtls/(ssl, httpx)", "memory"), most=1.25),
-    # As rules become ten thousand times more.
-    Limit(("decisions", "one of many callers", "ratio"), most=3.0),
-    Limit(("decisions", "one of many paths", "ratio"), most=3.0),
+    # As rules become ten thousand times more: what is not in the processor's cache takes its time, 2.4 times
+    # on a quiet machine. Looking at each rule, it was thousands.
+    Limit(("decisions", "one of many callers", "ratio"), most=8.0),
+    Limit(("decisions", "one of many paths", "ratio"), most=8.0),
     Limit(("kept", "ratio", "ztmtls/ssl, httpx", "cpu"), most=1.2),
 )
 
