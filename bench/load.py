@@ -83,6 +83,7 @@ async def load(
 
     Raises:
         RuntimeError, OSError: an answer was not 200, or a connection was lost.
+        TimeoutError: an answer did not come within a minute.
     """
     request = (
         f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
@@ -100,6 +101,7 @@ async def load(
         made.append(protocol)
         if every and number + 1 < connections:
             await asyncio.sleep(every / connections)  # spread over the time between two of one connection
-    await asyncio.gather(*(protocol.done for protocol in made))
+    async with asyncio.timeout(seconds + 60):
+        await asyncio.gather(*(protocol.done for protocol in made))
     found.seconds, found.cpu = time.perf_counter() - began, time.process_time() - own
     return found
