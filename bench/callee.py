@@ -8,20 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import ssl
 import time
 from pathlib import Path
-from typing import Any
-
-import uvicorn
 
 from ztmtls.asgi import Receive, Scope, Send
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
-from ztmtls.listen import Server
 from ztmtls.server import serve
 from ztmtls.source import X509Source
+
+from . import by_hand
 
 BODY = b'{"paid": true, "amount": 2450, "currency": "EUR"}'
 
@@ -58,25 +55,11 @@ class Stalls:
         return longest
 
 
-def _config(app: Any, **more: Any) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, log_config=None, access_log=False, interface="asgi3", lifespan="off", http="httptools", **more
-    )
-
-
-async def _serve_plainly(config: uvicorn.Config, port: int) -> None:
-    server = Server(config)
-    await server.serve(sockets=[socket.create_server(("127.0.0.1", port), backlog=2048)])
-
-
 async def main() -> None:
     ports = json.loads(os.environ["BENCH_PORTS"])
     tls = Path(os.environ["BENCH_TLS"])
     stalls = Stalls()
-    fixed = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tls / "ca.pem")
-    fixed.load_cert_chain(tls / "server.pem")
-    fixed.verify_mode = ssl.CERT_REQUIRED
-    fixed.minimum_version = ssl.TLSVersion.TLSv1_3
+    fixed = by_hand.context(tls, "server", ssl.Purpose.CLIENT_AUTH)
 
     async def plain(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/measures":
@@ -117,12 +100,8 @@ async def main() -> None:
         with open(os.devnull, "w") as nowhere:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(stalls.watch())
-                tasks.create_task(_serve_plainly(_config(plain), ports["plain"]))
-                tasks.create_task(
-                    _serve_plainly(
-                        _config(application, ssl_context_factory=lambda config, default: fixed), ports["ssl"]
-                    )
-                )
+                tasks.create_task(by_hand.serve(plain, ports["plain"]))
+                tasks.create_task(by_hand.serve(application, ports["ssl"], fixed))
                 await serve(
                     application,
                     source=source,

@@ -17,16 +17,15 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
+from ztdev.ports import choose_free_ports
 from ztmtls.authz import exact
 from ztmtls.source import X509Source
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
 from ztmtls.tls import client_context
 
-from .hop import DOMAIN, HOPS, NEXT, fixed, identity
+from . import by_hand
+from .hop import DOMAIN, HOPS, NEXT, identity
 from .load import Load, load
-from .rig import free_ports
 
 Say = Callable[[str], None]
 
@@ -119,23 +118,20 @@ async def chains() -> AsyncIterator[Chains]:
     ca = CertificateAuthority(DOMAIN, ttl=86400)
     async with contextlib.AsyncExitStack() as stack:
         tls = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        authorities = [each.public_bytes(Encoding.PEM) for each in ca.bundle.authorities]
-        (tls / "ca.pem").write_bytes(b"".join(authorities))
+        by_hand.write(tls, ca, {name: identity(name) for name in HOPS})
         api = await stack.enter_async_context(WorkloadApi())
         workloads = {}
         for name in HOPS:
-            file = tls / f"{name}.pem"
-            file.touch(0o600)
-            file.write_bytes(ca.issue(identity(name), ttl=86400).pem())
             workloads[name] = await api.add_workload(name, identity(name), ca=ca, svid_ttl=3600.0)
-        made = {kind: Chain(free_ports(HOPS)) for kind in KINDS}
+        ports = iter(choose_free_ports(len(KINDS) * len(HOPS)))
+        made = {kind: Chain({name: next(ports) for name in HOPS}) for kind in KINDS}
         for kind, chain in made.items():
             stack.push_async_callback(chain.stop)
             await _start(chain, kind, workloads, tls)
         workloads["orders"].allow(pid=os.getpid())
         source = await stack.enter_async_context(X509Source(workloads["orders"].endpoint))
         await source.ready(30)
-        hand_written = fixed(tls, "orders", ssl.Purpose.SERVER_AUTH)
+        hand_written = by_hand.context(tls, "orders", ssl.Purpose.SERVER_AUTH)
         contexts = {kind: hand_written if kind.startswith("ssl") else None for kind in KINDS}
         yield Chains(made, {**contexts, OURS: client_context(source, exact(identity("payments")))})
 

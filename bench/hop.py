@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -20,16 +19,16 @@ from typing import Any
 
 import aiohttp
 import httpx
-import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from ztmtls.audit import AuditLog
 from ztmtls.authz import Policy
 from ztmtls.client import DEFAULT_LIMITS, DEFAULT_TIMEOUT, AsyncClient
-from ztmtls.listen import Server
 from ztmtls.server import serve
 from ztmtls.source import X509Source
+
+from . import by_hand
 
 DOMAIN = "bench.example"
 HOPS = ("frontend", "orders", "payments")
@@ -65,16 +64,6 @@ def application(ask: Ask | None) -> FastAPI:
     return app
 
 
-def fixed(tls: Path, name: str, purpose: ssl.Purpose) -> ssl.SSLContext:
-    """TLS as people write it by hand: certificates in files, and nobody's identity looked at."""
-    context = ssl.create_default_context(purpose, cafile=tls / "ca.pem")
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(tls / f"{name}.pem")
-    return context
-
-
 @contextlib.asynccontextmanager
 async def _asking(kind: str, name: str, port: int, source: X509Source | None) -> AsyncIterator[Ask | None]:
     if name not in NEXT:
@@ -83,7 +72,7 @@ async def _asking(kind: str, name: str, port: int, source: X509Source | None) ->
     url = f"{'http' if kind.startswith('plain') else 'https'}://127.0.0.1:{port}"
     verify: ssl.SSLContext | bool = True
     if kind.startswith("ssl"):
-        verify = fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.SERVER_AUTH)
+        verify = by_hand.context(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.SERVER_AUTH)
     if kind.endswith("aiohttp"):
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=verify)) as session:
 
@@ -121,18 +110,10 @@ async def main() -> None:
             await source.ready(30)
         app = application(await stack.enter_async_context(_asking(kind, name, following, source)))
         if source is None or name == "frontend":
-            context = None
+            tls = None
             if kind.startswith("ssl") and name != "frontend":
-                context = fixed(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.CLIENT_AUTH)
-            config = uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                http="httptools",
-                ssl_context_factory=(lambda config, default: context) if context else None,
-            )
-            await Server(config).serve(sockets=[socket.create_server(("127.0.0.1", port), backlog=2048)])
+                tls = by_hand.context(Path(os.environ["BENCH_TLS"]), name, ssl.Purpose.CLIENT_AUTH)
+            await by_hand.serve(app, port, tls)
             return
         rule = {
             "name": "pay",

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import ssl
 import sys
 import tempfile
@@ -17,11 +16,13 @@ from typing import Any
 
 import aiohttp
 import httpx
-from cryptography.hazmat.primitives.serialization import Encoding
 
+from ztdev.ports import choose_free_ports
 from ztmtls.client import AsyncClient
 from ztmtls.source import X509Source
 from ztmtls.testing import CertificateAuthority, Workload, WorkloadApi
+
+from . import by_hand
 
 DOMAIN = "bench.example"
 SERVER, CALLER = f"spiffe://{DOMAIN}/server", f"spiffe://{DOMAIN}/caller"
@@ -86,36 +87,14 @@ class Rig:
             return found
 
 
-def free_ports(names: tuple[str, ...]) -> dict[str, int]:
-    """A port of 127.0.0.1 for each name, that nobody has at the moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = {n: stack.enter_context(socket.create_server(("127.0.0.1", 0))) for n in names}
-        return {name: int(sock.getsockname()[1]) for name, sock in sockets.items()}
-
-
-def _write_fixed(folder: Path, ca: CertificateAuthority) -> ssl.SSLContext:
-    """Certificates as people write them by hand: in files, and never changed."""
-    (folder / "ca.pem").write_text(
-        "".join(ssl.DER_cert_to_PEM_cert(a.public_bytes(Encoding.DER)) for a in ca.bundle.authorities)
-    )
-    for name, spiffe_id in (("server", SERVER), ("client", CALLER)):
-        path = folder / f"{name}.pem"
-        path.touch(0o600)
-        path.write_bytes(ca.issue(spiffe_id, ttl=86400).pem())
-    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=folder / "ca.pem")
-    context.check_hostname = False
-    context.load_cert_chain(folder / "client.pem")
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
 @contextlib.asynccontextmanager
 async def rig() -> AsyncIterator[Rig]:
     """Start everything; stop it at the end."""
     ca, friend_ca = CertificateAuthority(DOMAIN, ttl=86400), CertificateAuthority("friend.example", ttl=86400)
-    ports = free_ports(PORTS)
+    ports = dict(zip(PORTS, choose_free_ports(len(PORTS)), strict=True))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        fixed = _write_fixed(Path(name), ca)
+        by_hand.write(Path(name), ca, {"server": SERVER, "client": CALLER})
+        fixed = by_hand.context(Path(name), "client", ssl.Purpose.SERVER_AUTH)
         async with WorkloadApi() as api:
             server = await api.add_workload("server", SERVER, ca=ca, svid_ttl=3600.0)
             caller = await api.add_workload("caller", CALLER, ca=ca, svid_ttl=3600.0)

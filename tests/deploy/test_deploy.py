@@ -394,9 +394,7 @@ def images_of(
     return {name: pushed(signed, keys, tmp_path) for name, (signed, _) in IMAGES.items()}
 
 
-async def test_an_image_is_let_in_when_it_is_signed_and_attested_by_us(
-    monkeypatch: pytest.MonkeyPatch, images_of: dict[str, str]
-) -> None:
+async def test_an_image_is_let_in_when_it_is_signed_and_attested_by_us(images_of: dict[str, str]) -> None:
     assert said_of(as_deployed("orders", "tried")) == ""
     for name, (_, reason) in IMAGES.items():
         said = said_of(tried(images_of[name]))
